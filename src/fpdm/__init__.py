@@ -1,0 +1,51 @@
+"""Fixed Point Diffusion Models: small diffusion transformers that sample at any compute budget.
+
+The public names are imported when they are first used, so that `import fpdm` and `fpdm --help` load neither torch nor
+diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "DiT": "fpdm.models",
+    "FixedIterations": "fpdm.fixedpoint",
+    "FixedPointDiT": "fpdm.models",
+    "FixedPointDiTPipeline": "fpdm.pipeline",
+    "JacobianFree": "fpdm.fixedpoint",
+    "MultiStepJacobianFree": "fpdm.fixedpoint",
+    "Picard": "fpdm.fixedpoint",
+    "Plan": "fpdm.sampling",
+    "Report": "fpdm.sampling",
+    "Solve": "fpdm.fixedpoint",
+    "StochasticJacobianFree": "fpdm.fixedpoint",
+    "Tolerance": "fpdm.fixedpoint",
+    "make_plan": "fpdm.sampling",
+}
+__all__ = list(_HOMES)
+
+if TYPE_CHECKING:
+    from fpdm.fixedpoint import (
+        FixedIterations,
+        JacobianFree,
+        MultiStepJacobianFree,
+        Picard,
+        Solve,
+        StochasticJacobianFree,
+        Tolerance,
+    )
+    from fpdm.models import DiT, FixedPointDiT
+    from fpdm.pipeline import FixedPointDiTPipeline
+    from fpdm.sampling import Plan, Report, make_plan
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fpdm' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

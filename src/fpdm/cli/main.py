@@ -1,0 +1,69 @@
+"""Parsing, and what becomes of errors: one clear message and exit status 2, the traceback with --debug."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import fpdm
+from fpdm.cli import demo, sample, train
+from fpdm.names import unknown
+
+COMMANDS = {"train": train, "sample": sample, "demo": demo}
+INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an unknown option or command names the nearest one, and abbreviations are not guessed at."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, extra = self.parse_known_args(args, namespace)
+        if extra:
+            command = parsed.parser
+            options = [option for action in command._actions for option in action.option_strings]
+            flags = [word.split("=")[0] for word in extra if word.startswith("--")]
+            command.error(unknown("option", flags[0], options) if flags else f"unexpected argument {extra[0]!r}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\nSee {self.prog} --help\n")
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="fpdm", description="Train and sample Fixed Point Diffusion Models.")
+    parser.add_argument("--version", action="version", version=f"fpdm {fpdm.__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").splitlines()[0]
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        command.set_defaults(run=module.run, parser=command)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status: 0 done, 2 refused, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        print(f"fpdm: {unknown('command', words[0], COMMANDS)}", file=sys.stderr)
+        return 2
+    options = make_parser().parse_args(words)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if options.debug:
+            raise
+        print(f"{options.parser.prog}: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,122 @@
+"""Draw images from a trained model under a compute budget.
+
+  fpdm sample runs/digits --budget 160 --steps 40 --classes 0-9 --num-images 64 --out samples
+
+writes PNGs, one grid and report.json. The budget counts transformer block passes per image. Run again after an
+interruption, it makes only what is missing.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from fpdm.cli.quiet import quiet_libraries
+from fpdm.cli.train import check_writable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a run, a model folder, or a name on the hub")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the images")
+    parser.add_argument("--num-images", type=int, default=16, metavar="N", help="images in all (16)")
+    parser.add_argument("--classes", metavar="LIST", help="such as 0-9 or 3,5 or cat,dog; cycled (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="image i of a seed is always the same (0)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
+    compute = parser.add_argument_group("compute")
+    compute.add_argument("--budget", type=int, metavar="PASSES", help="transformer block passes per image (160)")
+    compute.add_argument("--steps", type=int, metavar="T", help="timesteps; more of them means fewer iterations each")
+    compute.add_argument("--iterations", metavar="N[,N...]", help="of the fixed point: at all, or at each timestep")
+    compute.add_argument("--allocation", default="constant", metavar="{constant,rising,falling}",
+                         help="iterations over the timesteps, from noise to image (constant)")  # fmt: skip
+    compute.add_argument("--reuse", action=argparse.BooleanOptionalAction, default=True,
+                         help="start each solve from the one before (yes)")  # fmt: skip
+    compute.add_argument("--scheduler", metavar="{ddpm,ddim,dpm++}", help="sampling method (default: the model's)")
+    compute.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="1 for none (1)")
+    compute.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    compute.add_argument("--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="of the weights")
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.num_images < 1 or options.batch_size < 1:
+        raise ValueError("--num-images and --batch-size must be at least 1")
+    folder = model_folder(options.model)
+    out = Path(options.out)
+    check_writable(out)
+
+    quiet_libraries()
+    from fpdm.cli.sampling import draw_missing, load_pipeline
+
+    pipe = load_pipeline(folder, options.device, options.dtype)
+    choices = {
+        "budget": options.budget,
+        "num_inference_steps": options.steps,
+        "iterations": parse_iterations(options.iterations),
+        "allocation": options.allocation,
+        "reuse": options.reuse,
+        "scheduler": options.scheduler,
+        "guidance_scale": options.guidance_scale,
+        "seed": options.seed,
+    }
+    classes = parse_classes(options.classes, pipe.transformer.config.num_classes, pipe.config.class_names or [])
+    report = draw_missing(pipe, out, options.num_images, classes, options.batch_size, choices)
+    print(f"{options.num_images} images in {out}; {report.spent} block passes each, {report.seconds:.1f} s")
+    return 0
+
+
+def model_folder(name: str) -> str:
+    """The pipeline folder that `name` means: itself, the one inside a run, or a name on the hub.
+
+    Raises ValueError for a local folder that holds no model.
+    """
+    path = Path(name)
+    for folder in (path, path / "pipeline"):
+        if (folder / "model_index.json").is_file():
+            check_index(folder / "model_index.json")
+            return str(folder)
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        raise ValueError(f"{name} is a run without a model yet: let its training end, or interrupt it with Ctrl-C")
+    if path.exists():
+        raise ValueError(f"{name} is not a model: it has no model_index.json")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"there is no folder {name}, and a name on the hub has the form organisation/model")
+    return name
+
+
+def check_index(path: Path) -> None:
+    try:
+        made_for = json.loads(path.read_text()).get("_class_name")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if made_for != "FixedPointDiTPipeline":
+        raise ValueError(f"{path.parent} is a {made_for}, not a FixedPointDiTPipeline")
+
+
+def parse_iterations(text: str | None) -> int | list[int] | None:
+    """ "4" or "4,2,2"."""
+    if text is None:
+        return None
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--iterations is {text!r}; it must be a number, or numbers joined by commas") from None
+    return counts if "," in text else counts[0]
+
+
+def parse_classes(text: str | None, count: int, names: list[str]) -> list[int] | None:
+    """Class numbers from "0-9", "3,5" or names; all classes by default, None for an unconditional model."""
+    if text is None:
+        return list(range(count)) or None
+    if count == 0:
+        raise ValueError("this model is unconditional: it has no classes. Leave --classes out")
+    labels: list[Any] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if part in names:
+            labels.append(names.index(part))
+        elif first.isdecimal() and (last.isdecimal() or not dash):
+            labels += range(int(first), int(last or first) + 1)
+        else:
+            labels.append(part)  # the pipeline says what is wrong with it
+    if not labels:
+        raise ValueError(f"--classes {text!r} names no class")
+    return labels

@@ -1,0 +1,98 @@
+"""Train a model by a recipe, or go on with a run that was stopped.
+
+  fpdm train digits                                     no data needed, a few minutes on two cores
+  fpdm train fashion_mnist --data DIR                   the four IDX files
+  fpdm train images --data DIR --image-size 64 --model S/4
+                                                        any folder of images, one folder per class or none
+
+The run is kept in runs/NAME: config, log, sample grids, checkpoints, and at the end the model. Ctrl-C saves and stops;
+the same command goes on.
+"""
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fpdm.cli.quiet import quiet_libraries
+from fpdm.recipes import RECIPES, recipe
+from fpdm.training.adopt import fields_of
+from fpdm.training.config import Config, groups, value_type
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
+    parser.add_argument("--name", help="name of the run (default: the recipe's)")
+    parser.add_argument("--runs-dir", default="runs", help="folder of all runs (default: runs)")
+    for group, cls in groups().items():
+        section = parser.add_argument_group(f"{group} (defaults are the recipe's)")
+        for f in fields(cls):
+            flag, kind = "--" + f.name.replace("_", "-"), value_type(cls, f.name)
+            more: dict[str, Any] = {"dest": f"field_{f.name}", "help": f.metadata["help"], "default": argparse.SUPPRESS}
+            if kind is bool:
+                section.add_argument(flag, action=argparse.BooleanOptionalAction, **more)
+            else:
+                choices = f.metadata.get("choices")
+                metavar = "{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper()
+                section.add_argument(flag, type=reader(kind), metavar=metavar, **more)
+
+
+def run(options: argparse.Namespace) -> int:
+    config = resolve(options)
+    path = Path(options.runs_dir) / (options.name or options.recipe.replace("-", "_"))
+    check_writable(path)
+
+    quiet_libraries()
+    from fpdm.training.loop import Trainer
+
+    trainer = Trainer(config, path)
+    main_process = trainer.accelerator.is_main_process
+    if main_process:
+        print(trainer.summary(), flush=True)
+    outcome = trainer.run()
+    if main_process:
+        print(closing_words(outcome, trainer.step, path, trainer.broken))
+    return 130 if outcome == "interrupted" else 0
+
+
+def resolve(options: argparse.Namespace) -> Config:
+    """The config: the recipe's, then what a model to fine-tune dictates, then what the command line says."""
+    given = {name.removeprefix("field_"): value for name, value in vars(options).items() if name.startswith("field_")}
+    adopted = fields_of(given["init_from"]) if given.get("init_from") else {}
+    return recipe(options.recipe).with_fields(**{**adopted, **given})
+
+
+def reader(kind: type) -> Callable[[str], Any]:
+    """Reads a value of `kind` from the command line; the word "none" is None, which optional fields take."""
+
+    def read(text: str) -> Any:
+        return None if text == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it in its messages
+    return read
+
+
+def closing_words(outcome: str, step: int, path: Path, broken: list[str]) -> str:
+    lines = []
+    if broken:
+        shown = "\n  ".join(broken[:10]) + (f"\n  and {len(broken) - 10} more" if len(broken) > 10 else "")
+        lines.append(f"{len(broken)} images could not be read and were passed over:\n  {shown}")
+    if outcome == "interrupted":
+        lines.append(f"Saved at step {step}. The same command goes on from there.")
+    elif outcome == "already finished":
+        lines.append(f"{path} is finished: {step} steps are done. Ask for more with --steps, or take another --name.")
+    lines.append(
+        f"The model is in {path / 'pipeline'}; draw from it with: fpdm sample {path} --budget 160 --out samples"
+    )
+    return "\n".join(lines)
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if a folder at `path` cannot be made or written to."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file: choose another place with --runs-dir or --out")
+    if not os.access(there, os.W_OK):
+        raise PermissionError(f"{there} cannot be written to: choose another place with --runs-dir or --out")

@@ -1,0 +1,108 @@
+"""The endless, ordered stream of training images: which image is used at which step is a function, not a state.
+
+Position p = step * batch_size + slot runs through the data set in an order that is shuffled anew each epoch, keyed by
+(seed, epoch); crop and flip are keyed by (seed, step, slot). So a resumed run, and one on other devices or with other
+workers, sees the same images.
+"""
+
+import signal
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from fpdm.data.sources import BrokenImage, Source
+from fpdm.data.transforms import prepare
+from fpdm.keyed import generator
+
+MOST_BROKEN = 100  # unreadable images in a row after which a data set is given up
+
+
+class Batch(NamedTuple):
+    """images (B, C, H, W) float32 in [-1, 1], labels (B,) int64, slots in the global batch, unreadable files met."""
+
+    step: int
+    slots: list[int]
+    images: Tensor
+    labels: Tensor
+    broken: list[str]
+
+
+@lru_cache(maxsize=2)  # the end of one epoch and the start of the next
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The order (count,) in which an epoch goes through the images."""
+    return torch.randperm(count, generator=generator(seed, "order", epoch))
+
+
+class Stream(Dataset):
+    """Training images by (step, slot). Unreadable files are passed over for the next one, and named."""
+
+    def __init__(self, source: Source, *, batch_size: int, image_size: int, crop: str, flip: bool, seed: int):
+        self.source, self.batch_size, self.image_size = source, batch_size, image_size
+        self.crop, self.flip, self.seed = crop, flip, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int, Tensor, int, list[str]]:
+        step, slot = key
+        epoch, place = divmod(step * self.batch_size + slot, len(self.source))
+        index, broken = int(epoch_order(len(self.source), self.seed, epoch)[place]), []
+        while True:
+            try:
+                image, label = self.source.load(index)
+                break
+            except BrokenImage as error:
+                broken.append(str(error))
+                index = (index + 1) % len(self.source)
+                if len(broken) >= min(MOST_BROKEN, len(self.source)):
+                    raise ValueError(f"{len(broken)} images in a row cannot be read, the last {error}") from error
+        chance = generator(self.seed, "augment", step, slot)
+        return step, slot, prepare(image, self.image_size, self.crop, self.flip, chance), label, broken
+
+
+class Slots(Sampler[list[tuple[int, int]]]):
+    """The (step, slot) keys of this process's share of each batch, in `parts` micro-batches per step."""
+
+    def __init__(self, first: int, last: int, batch_size: int, parts: int = 1, rank: int = 0, ranks: int = 1):
+        if batch_size % (parts * ranks):
+            raise ValueError(
+                f"batch_size {batch_size} cannot be shared by {ranks} processes in {parts} parts: "
+                f"take a multiple of {parts * ranks}"
+            )
+        self.steps, self.parts, self.rank, self.ranks = range(first, last), parts, rank, ranks
+        self.size = batch_size // (parts * ranks)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.parts
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            for part in range(self.parts):
+                first = (part * self.ranks + self.rank) * self.size
+                yield [(step, slot) for slot in range(first, first + self.size)]
+
+
+def collate(items: list[tuple[int, int, Tensor, int, list[str]]]) -> Batch:
+    steps, slots, images, labels, broken = zip(*items, strict=True)
+    return Batch(
+        steps[0], list(slots), torch.stack(images), torch.tensor(labels), [name for names in broken for name in names]
+    )
+
+
+def loader(stream: Stream, slots: Slots, workers: int, pin_memory: bool) -> DataLoader:
+    """A DataLoader over the stream. With `workers` 0, images are made in the process itself."""
+    return DataLoader(
+        stream,
+        batch_sampler=slots,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_interrupts_to_the_main_process,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

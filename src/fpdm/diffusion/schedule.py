@@ -1,0 +1,48 @@
+"""Noise schedules, as diffusers' DDPMScheduler: the description of the forward process that a model is saved with."""
+
+from diffusers import DDPMScheduler
+
+from fpdm.names import unknown
+
+BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+def make_schedule(
+    *,
+    beta_schedule: str = "linear",
+    prediction_type: str = "epsilon",
+    zero_terminal_snr: bool = False,
+    learned_variance: bool = True,
+    clip_sample: bool = False,
+    num_train_timesteps: int = 1000,
+) -> DDPMScheduler:
+    """A DDPMScheduler for training with and for saving.
+
+    beta_schedule    "linear" (Ho et al. 2020) or "cosine" (Nichol and Dhariwal 2021)
+    prediction_type  what the network predicts: "epsilon", "v_prediction" (Salimans and Ho 2022), "sample" (x0)
+    clip_sample      whether predicted images are clipped to [-1, 1]: right for pixels, wrong for latents
+
+    Raises ValueError for an unknown name, and for a zero terminal SNR with epsilon: at the last timestep x_t is pure
+    noise, and epsilon says nothing about the image (Lin et al. 2024).
+    """
+    if beta_schedule not in BETA_SCHEDULES:
+        raise ValueError(unknown("beta schedule", beta_schedule, BETA_SCHEDULES))
+    if prediction_type not in PREDICTION_TYPES:
+        raise ValueError(unknown("prediction type", prediction_type, PREDICTION_TYPES))
+    if zero_terminal_snr and prediction_type == "epsilon":
+        raise ValueError('zero terminal SNR goes with prediction_type "v_prediction" or "sample", not with "epsilon"')
+    if num_train_timesteps < 2:
+        raise ValueError(f"num_train_timesteps is {num_train_timesteps}; it must be at least 2")
+    return DDPMScheduler(
+        num_train_timesteps=num_train_timesteps,
+        # What is linear in 1000 steps is stretched or squeezed to the same noise at the end (Nichol and Dhariwal 2021).
+        beta_start=0.0001 * 1000 / num_train_timesteps,
+        beta_end=min(0.02 * 1000 / num_train_timesteps, 0.999),
+        beta_schedule=BETA_SCHEDULES[beta_schedule],
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=zero_terminal_snr,
+        variance_type="learned_range" if learned_variance else "fixed_small",
+        clip_sample=clip_sample,
+        timestep_spacing="trailing",
+    )

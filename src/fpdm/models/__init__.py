@@ -1,0 +1,7 @@
+"""The networks: `DiT`, explicit, and `FixedPointDiT`, whose middle is a fixed point."""
+
+from fpdm.models.denoiser import Denoiser, Output
+from fpdm.models.dit import DiT
+from fpdm.models.fixed_point_dit import Context, FixedPointCore, FixedPointDiT
+
+__all__ = ["Context", "Denoiser", "DiT", "FixedPointCore", "FixedPointDiT", "Output"]

@@ -1,0 +1,156 @@
+"""What both networks share: images to tokens and back, conditioning, presets, strict loading.
+
+B batch, C channels, H = W = sample_size, N tokens, D width
+"""
+
+import os
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from torch import Tensor, nn
+
+from fpdm.fixedpoint import Solution, Solve
+from fpdm.models.layers import Block, FinalLayer, PatchEmbedder, TimestepEmbedder, unpatchify
+from fpdm.models.presets import preset
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a network returns.
+
+    sample    (B, C, H, W), or (B, 2C, H, W) with learned variance: the prediction, then the variance's channels
+    solution  the fixed point, whose `value` (B, N, D) is what the next call may take as `init`; None for a DiT
+    exits     iteration -> prediction from the iterate after it, for the iterations that `Solve.exits` names
+    """
+
+    sample: Tensor
+    solution: Solution | None
+    exits: dict[int, Tensor]
+
+
+class Denoiser(ModelMixin, ConfigMixin):
+    """The base of `DiT` and `FixedPointDiT`. A network holds weights and nothing else: no state between calls."""
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ["Block"]
+    config_name = "config.json"
+
+    def _build(self, sample_size: int, patch_size: int, in_channels: int, hidden_size: int, num_heads: int) -> None:
+        """The layers at both ends. Called by the constructors once the configuration is registered."""
+        check_sizes(sample_size, patch_size, in_channels, hidden_size, num_heads, self.config.num_classes)
+        self.patch_embed = PatchEmbedder(sample_size, patch_size, in_channels, hidden_size)
+        self.time_embed = TimestepEmbedder(hidden_size)
+        self.label_embed = nn.Embedding(self.config.num_classes + 1, hidden_size)  # the last row is the null class
+        self.final = FinalLayer(hidden_size, patch_size, self.out_channels)
+
+    @classmethod
+    def from_preset(cls, name: str, **settings: Any) -> Self:
+        """A network of a named size, `"XL/2"` being size XL with patch 2; `settings` are the constructor's.
+
+        Raises ValueError for an unknown name. Example: `from_preset("S/4", num_classes=10, sample_size=32)`.
+        """
+        size = preset(name)
+        if "num_core" in cls._get_init_keys(cls):
+            del size["depth"]
+        return cls(**{**size, **settings})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """diffusers' `from_pretrained`, but missing, extra or misshaped weights raise ValueError: they only warn there,
+        and the images are then noise."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
+        if wrong:
+            listed = "; ".join(f"{kind.replace('_', ' ')}: {sorted(map(str, keys))}" for kind, keys in wrong.items())
+            raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its configuration: {listed}")
+        return (model, info) if wants_info else model
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for no class: the last row of the table, whatever the number of classes."""
+        return self.config.num_classes
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output: twice `in_channels` with learned variance."""
+        return self.config.in_channels * (2 if self.config.learned_variance else 1)
+
+    @abstractmethod
+    def passes(self, iterations: int | None = None) -> int:
+        """Transformer block passes of one evaluation."""
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        y: Tensor | None = None,
+        *,
+        iterations: int | None = None,
+        solve: Solve | None = None,
+        init: Tensor | None = None,
+    ) -> Output:
+        """Predict from noisy images `x` (B, C, H, W) at timesteps `t` (B,) or one for all, of classes `y` (B,)."""
+
+    def _embed(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, N, D), the embedding of t (B, D) and of y (B, D)."""
+        expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}; this network takes (batch, {', '.join(map(str, expected))})"
+            )
+        t = torch.as_tensor(t, device=x.device).expand(len(x))
+        if y is None:
+            y = torch.full((len(x),), self.null_class, device=x.device)
+        return self.patch_embed(x.to(self.patch_embed.proj.weight.dtype)), self.time_embed(t), self.label_embed(y)
+
+    def _unembed(self, tokens: Tensor, c: Tensor) -> Tensor:
+        return unpatchify(self.final(tokens, c), self.config.patch_size)
+
+    def _initialize(self) -> None:
+        """DiT's initialisation: Xavier for linear maps, 0.02 for embeddings, zero for what closes a residual branch."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(self.config.hidden_size, -1))
+        nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
+        for weight in (self.label_embed.weight, self.time_embed.fc1.weight, self.time_embed.fc2.weight):
+            nn.init.normal_(weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Block | FinalLayer):
+                nn.init.zeros_(module.adaln.weight)
+        nn.init.zeros_(self.final.linear.weight)
+
+
+def run_blocks(blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
+    """Apply blocks in turn to tokens `x` (B, N, D) under the conditioning `c` (B, D)."""
+    for block in blocks:
+        x = block(x, block.modulation(c))  # type: ignore[operator]
+    return x
+
+
+def condition(*embeddings: Tensor) -> Tensor:
+    """The conditioning vector: the sum of embeddings, after the SiLU that every modulation begins with."""
+    return F.silu(sum(embeddings[1:], embeddings[0]))
+
+
+def check_sizes(sample: int, patch: int, channels: int, width: int, heads: int, classes: int) -> None:
+    """Raises ValueError for sizes that no network can have, naming the nearest that one can."""
+    for name, value, least in (
+        ("sample_size", sample, 1), ("patch_size", patch, 1), ("in_channels", channels, 1),
+        ("hidden_size", width, 1), ("num_heads", heads, 1), ("num_classes", classes, 0),
+    ):  # fmt: skip
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
+    if sample % patch:
+        fitting = [p for p in range(1, sample + 1) if sample % p == 0]
+        raise ValueError(f"patch size {patch} does not divide the image size {sample}; sizes that do: {fitting}")
+    if width % 4 or width % heads:
+        raise ValueError(f"hidden_size is {width}; it must be a multiple of 4 and of num_heads ({heads})")

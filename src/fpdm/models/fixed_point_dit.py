@@ -1,0 +1,145 @@
+"""The fixed point network (Bai and Melas-Kyriazi 2024): pre blocks, one implicit layer, post blocks.
+
+u   tokens after the pre blocks (B, N, D)
+z   the iterate (B, N, D)
+c   conditioning of the implicit layer, from t and y (B, D)
+P   the projection of u, linear D -> D
+"""
+
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin  # noqa: F401  (diffusers finds the loader of a custom model by this name)
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from fpdm.fixedpoint import FixedIterations, Solve
+from fpdm.models.denoiser import Denoiser, Output, condition, run_blocks
+from fpdm.models.layers import Block, Modulation
+
+
+class Context(NamedTuple):
+    """All that is constant while z is iterated: computed once per solve, with gradient."""
+
+    injected: Tensor  # u's share of the first linear map, bias included (B, N, 2D)
+    modulations: tuple[Modulation, ...]  # of each block of the group
+
+
+class FixedPointCore(nn.Module):
+    """f(z, u, c) = Block_K(... Block_1(MLP([z ; P u]), c) ..., c), split at what does not depend on z.
+
+    The first linear map of the MLP acts on a concatenation, W [z ; P u] + b = W_z z + (W_u P u + b): two maps, of which
+    the second and the blocks' modulations belong to the context.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_core: int):
+        super().__init__()
+        self.project = nn.Linear(hidden_size, hidden_size)  # P
+        self.inject_z = nn.Linear(hidden_size, 2 * hidden_size, bias=False)  # W_z
+        self.inject_u = nn.Linear(hidden_size, 2 * hidden_size)  # W_u, b
+        self.inject_out = nn.Linear(2 * hidden_size, hidden_size)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_core))
+
+    def prepare(self, u: Tensor, c: Tensor) -> Context:
+        """The context of a solve, from `u` (B, N, D) and `c` (B, D), which is the conditioning after SiLU."""
+        modulations = tuple(block.modulation(c) for block in self.blocks)  # type: ignore[operator]
+        return Context(self.inject_u(self.project(u)), modulations)
+
+    def step(self, z: Tensor, context: Context) -> Tensor:
+        """One application of f to `z` (B, N, D)."""
+        z = self.inject_out(F.gelu(self.inject_z(z) + context.injected, approximate="tanh"))
+        for block, modulation in zip(self.blocks, context.modulations, strict=True):
+            z = block(z, modulation)
+        return z
+
+
+class FixedPointDiT(Denoiser):
+    """A diffusion transformer whose middle is one implicit layer, solved by fixed point iteration.
+
+    sample_size          height and width of the image or latent; a multiple of patch_size
+    in_channels          channels of the image or latent
+    hidden_size          width D; a multiple of 4 and of num_heads
+    num_pre, num_post    explicit blocks before and after the implicit layer, at least 1
+    num_core             blocks in the shared group, K; the paper has 1
+    num_classes          0 for an unconditional model; label `num_classes` is the null class
+    learned_variance     whether the output has a second half, for the variance (Nichol and Dhariwal 2021)
+    time_in_pre_post     whether pre and post blocks and the final layer see t as well as y
+
+    Raises ValueError for sizes that do not fit together.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 32,
+        patch_size: int = 2,
+        in_channels: int = 4,
+        hidden_size: int = 384,
+        num_heads: int = 6,
+        num_pre: int = 1,
+        num_core: int = 1,
+        num_post: int = 1,
+        num_classes: int = 1000,
+        learned_variance: bool = True,
+        time_in_pre_post: bool = False,
+    ):
+        super().__init__()
+        self._build(sample_size, patch_size, in_channels, hidden_size, num_heads)
+        for name, count in (("num_pre", num_pre), ("num_core", num_core), ("num_post", num_post)):
+            if count < 1:
+                raise ValueError(f"{name} is {count}; it must be at least 1")
+        self.pre = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_pre))
+        self.core = FixedPointCore(hidden_size, num_heads, num_core)
+        self.post = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_post))
+        self._initialize()
+        for half in (self.core.inject_z, self.core.inject_u):  # halves of one 2D x 2D map: Xavier's bound of the whole
+            nn.init.xavier_uniform_(half.weight, gain=(3 / 4) ** 0.5)
+
+    def passes(self, iterations: int | None = None) -> int:
+        """Transformer block passes of one evaluation with `iterations` >= 1: pre + K iterations + post."""
+        if iterations is None:
+            raise ValueError("the cost of a fixed point network depends on its iterations: say how many")
+        return self.config.num_pre + self.config.num_core * iterations + self.config.num_post
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        y: Tensor | None = None,
+        *,
+        iterations: int | None = None,
+        solve: Solve | None = None,
+        init: Tensor | None = None,
+    ) -> Output:
+        """Predict from `x` (B, C, H, W), `t` (B,) or one number in [0, 1000), `y` (B,) int64 or None for no class.
+
+        `iterations` is short for `solve=Solve(FixedIterations(iterations))`: one of the two is needed. `init` (B, N, D)
+        is where z starts, `solution.value` of another call for instance; without it z starts at u.
+        Raises ValueError if both or neither of iterations and solve are given, or for a misshaped x or init.
+        """
+        # fmt: off
+        solve = _one_of(iterations, solve)
+        tokens, time, label = self._embed(x, t, y)                     # (B, N, D), (B, D), (B, D)
+        c = condition(time, label)                                     # (B, D)
+        c_outer = c if self.config.time_in_pre_post else condition(label)
+        u = run_blocks(self.pre, tokens, c_outer)                      # (B, N, D)
+        z = u if init is None else _fitting(init, u)                   # (B, N, D)
+        solution = solve(self.core.step, z, self.core.prepare(u, c))   # (B, N, D)
+        exits = {k: self._decode(z, c_outer) for k, z in solution.kept.items()}
+        return Output(self._decode(solution.value, c_outer), solution, exits)
+        # fmt: on
+
+    def _decode(self, z: Tensor, c: Tensor) -> Tensor:
+        return self._unembed(run_blocks(self.post, z, c), c)  # (B, C or 2C, H, W)
+
+
+def _one_of(iterations: int | None, solve: Solve | None) -> Solve:
+    if (iterations is None) == (solve is None):
+        raise ValueError("a fixed point network needs one of `iterations` (a number) and `solve` (a Solve)")
+    return solve or Solve(FixedIterations(iterations))  # type: ignore[arg-type]
+
+
+def _fitting(init: Tensor, u: Tensor) -> Tensor:
+    if init.shape != u.shape:
+        raise ValueError(f"init has shape {tuple(init.shape)}; a solution of this batch has {tuple(u.shape)}")
+    return init.to(u.dtype)

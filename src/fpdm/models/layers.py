@@ -1,0 +1,136 @@
+"""The layers of a DiT (Peebles and Xie 2023): embeddings, the adaLN-Zero block, the final layer.
+
+B batch, N tokens, D width, p patch, C channels
+x   tokens (B, N, D)
+c   conditioning after SiLU (B, D): every modulation starts with SiLU, so it is applied once, outside
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Modulation = tuple[Tensor, ...]
+
+
+def sincos_positions(width: int, side: int) -> Tensor:
+    """Fixed 2D sine-cosine positions, (1, side * side, width), rows first; half of the width for each axis."""
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)  # (side, D/2)
+    columns, rows = axis.repeat(side, 1), axis.repeat_interleave(side, 0)
+    return torch.cat([columns, rows], dim=1).float()[None]
+
+
+def timestep_frequencies(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal features of timesteps `t` (B,), fractional ones too: (B, width) float32, cosines first."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps (B,) to vectors (B, D): sinusoidal features, then a two-layer MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.fc1 = nn.Linear(frequencies, width)
+        self.fc2 = nn.Linear(width, width)
+
+    def forward(self, t: Tensor) -> Tensor:
+        features = timestep_frequencies(t, self.frequencies).to(self.fc1.weight.dtype)
+        return self.fc2(F.silu(self.fc1(features)))
+
+
+class PatchEmbedder(nn.Module):
+    """Images (B, C, H, W) to tokens (B, N, D): one linear map per patch, plus fixed positions."""
+
+    def __init__(self, sample_size: int, patch_size: int, channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+        self.register_buffer("positions", sincos_positions(width, sample_size // patch_size), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D)
+        return tokens + self.positions.to(tokens.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens (B, N, D)."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
+
+
+class Mlp(nn.Module):
+    """Linear, tanh-approximated GELU, linear."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """A transformer block with adaLN-Zero: attention and MLP, each scaled, shifted and gated by the conditioning.
+
+    `modulation(c)` is apart from `forward` because a fixed point applies one block many times under one c.
+    """
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.adaln = nn.Linear(width, 6 * width)
+
+    def modulation(self, c: Tensor) -> Modulation:
+        """Shift, scale and gate of attention, then of the MLP: six tensors (B, 1, D)."""
+        return self.adaln(c).unsqueeze(1).chunk(6, dim=-1)
+
+    def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Tokens (B, N, D) to patches (B, N, p * p * channels)."""
+
+    def __init__(self, width: int, patch_size: int, channels: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.adaln = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, patch_size * patch_size * channels)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaln(c).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
+    """Patches (B, N, p * p * C) of a square image back to (B, C, H, W)."""
+    batch, tokens, size = patches.shape
+    side, p = math.isqrt(tokens), patch_size
+    grid = patches.view(batch, side, side, p, p, size // (p * p))
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(batch, -1, side * p, side * p)  # b h w p q c -> b c (h p) (w q)

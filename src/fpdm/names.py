@@ -1,0 +1,19 @@
+"""Messages that name the nearest right name."""
+
+import difflib
+from collections.abc import Iterable
+
+MOST_LISTED = 20
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> str:
+    """The text of an error about an unknown `name`: the nearest known name, and all of them where they are few.
+
+    >>> unknown("recipe", "digitz", ["digits", "images"])
+    "unknown recipe 'digitz'. Did you mean 'digits'? Known: digits, images"
+    """
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    listed = f" Known: {', '.join(known)}" if len(known) <= MOST_LISTED or not near else ""
+    return f"unknown {kind} {name!r}.{hint}{listed}"

@@ -1,0 +1,215 @@
+"""FixedPointDiTPipeline: a trained model as a diffusers pipeline."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+# The folder's index names the modules of the classes: these imports and paths are part of the file format.
+from fpdm.models.dit import DiT
+from fpdm.models.fixed_point_dit import FixedPointDiT
+from fpdm.names import unknown
+from fpdm.sampling import Plan, Report, Stepper, cost_of, image_generators, initial_noise, make_plan, sample
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+@dataclass
+class FixedPointDiTPipelineOutput(BaseOutput):
+    """images: a list of PIL images, or an array (B, H, W, C) in [0, 1], or a tensor (B, C, H, W) in [0, 1] ("pt") or
+    as sampled ("latent"). report: what was spent."""
+
+    images: Any
+    report: Report
+
+
+class FixedPointDiTPipeline(DiffusionPipeline):
+    """Draws images from a `FixedPointDiT`, or from an explicit `DiT` by the same code.
+
+    transformer  the network
+    scheduler    a DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler: a template that is never stepped
+    vae          an AutoencoderKL if the network works in its latents, else None
+    class_names  one per class, so that classes can be asked for by name
+    """
+
+    model_cpu_offload_seq = "transformer->vae"
+    _optional_components = ["vae"]
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer: FixedPointDiT | DiT,
+        scheduler: Any,
+        vae: AutoencoderKL | None = None,
+        class_names: Sequence[str] | None = None,
+    ):
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        self.register_to_config(class_names=None if class_names is None else list(class_names))
+        self.image_processor = VaeImageProcessor(do_resize=False)
+
+    def check_inputs(
+        self,
+        plan: Plan,
+        scheduler: str | None = None,
+        guidance_scale: float = 1.0,
+        output_type: str = "pil",
+        tensor_inputs: Sequence[str] = (),
+    ) -> None:
+        """Raises ValueError for what a call would refuse; `plan` and `labels` check the rest."""
+        config = self.transformer.config
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(unknown("output_type", output_type, OUTPUT_TYPES))
+        if extra := set(tensor_inputs) - set(self._callback_tensor_inputs):
+            raise ValueError(f"callbacks can be handed {self._callback_tensor_inputs}, not {sorted(extra)}")
+        if guidance_scale != 1.0 and config.num_classes == 0:
+            raise ValueError(
+                "this model is unconditional: it has no classes to guide towards. Leave guidance_scale at 1"
+            )
+        Stepper(self.scheduler, scheduler, plan.num_steps, config.learned_variance)
+
+    def plan(self, **choices: Any) -> Plan:
+        """The plan that `make_plan` makes of these choices for this network, before anything runs."""
+        max_steps = self.scheduler.config.num_train_timesteps
+        return make_plan(cost_of(self.transformer), max_steps=max_steps, **choices)
+
+    def labels(self, classes: int | str | Sequence[int | str] | None, num_images: int) -> Tensor | None:
+        """Class labels (B,) int64 from numbers and names; None for no classes.
+
+        Raises ValueError for a class that the model does not have.
+        """
+        if classes is None:
+            return None
+        listed = [classes] if isinstance(classes, int | str) else list(classes)
+        count, names = self.transformer.config.num_classes, self.config.class_names or []
+        if count == 0:
+            raise ValueError("this model is unconditional: it has no classes. Leave class_labels out")
+        if num_images != 1 and num_images != len(listed):
+            raise ValueError(
+                f"num_images is {num_images} and there are {len(listed)} class labels: give one of the two"
+            )
+        for label in listed:
+            if isinstance(label, str) and label not in names:
+                raise ValueError(unknown("class", label, names or [str(i) for i in range(count)]))
+            if not isinstance(label, str) and not 0 <= label < count:
+                raise ValueError(f"class {label} is out of range: this model has classes 0 to {count - 1}")
+        return torch.tensor([names.index(label) if isinstance(label, str) else int(label) for label in listed])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        num_images: int = 1,
+        *,
+        budget: int | None = None,
+        num_inference_steps: int | None = None,
+        iterations: int | Sequence[int] | None = None,
+        allocation: str | Sequence[float] = "constant",
+        reuse: bool = True,
+        guidance_scale: float = 1.0,
+        scheduler: str | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        seed: int | None = None,
+        image_indices: Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> FixedPointDiTPipelineOutput:
+        """Draw images.
+
+        class_labels         a class per image, by number or name; None draws without a class
+        num_images           how many images, where no labels say so
+        budget               transformer block passes per image; with iterations and timesteps see `make_plan`
+        num_inference_steps  timesteps, i.e. calls of the network
+        iterations           of the fixed point at every timestep, or a list with one entry per timestep
+        allocation           how iterations are shared out: "constant", "rising", "falling", or a weight per timestep
+        reuse                start each solve from the solution at the timestep before
+        guidance_scale       1 for none; above it, the network is evaluated twice (not counted in the budget)
+        scheduler            "ddpm", "ddim" or "dpm++"; None uses the pipeline's own
+        generator            one, which is reduced to a seed, or a list with one per image (CPU ones)
+        seed, image_indices  image i of a seed is the same in every batch; indices default to 0, 1, 2, ...
+        latents              noise (B, C, H, W) to start from instead
+        callback_on_step_end called with (pipeline, index, timestep, {"latents": x}) after each timestep; may return
+                             a dictionary with other latents
+        return_dict          False returns the tuple (images, report)
+
+        Raises ValueError for what cannot be done, before anything runs.
+        """
+        plan = self.plan(budget=budget, num_steps=num_inference_steps, iterations=iterations, allocation=allocation)
+        self.check_inputs(plan, scheduler, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        labels = self.labels(class_labels, num_images)
+        count = num_images if labels is None else len(labels)
+        generators = _generators(generator, seed, image_indices, count)
+        noise = self._noise(latents, generators)
+
+        with self.progress_bar(total=plan.num_steps) as bar:
+
+            def on_step(index: int, t: int, x: Tensor) -> Tensor | None:
+                bar.update()
+                if callback_on_step_end is None:
+                    return None
+                handed = {"latents": x} if "latents" in callback_on_step_end_tensor_inputs else {}
+                return (callback_on_step_end(self, index, t, handed) or {}).get("latents")
+
+            x, report = sample(
+                self.transformer,
+                self.scheduler,
+                plan,
+                noise.to(self._execution_device),
+                labels,
+                generators,
+                scheduler=scheduler,
+                reuse=reuse,
+                guidance_scale=guidance_scale,
+                on_step=on_step,
+            )
+        images = self._decode(x, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return images, report  # type: ignore[return-value]
+        return FixedPointDiTPipelineOutput(images, report)
+
+    def _noise(self, latents: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
+        noise = initial_noise(self.transformer, generators)
+        if latents is not None and latents.shape != noise.shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}; these images need {tuple(noise.shape)}")
+        return noise if latents is None else latents
+
+    def _decode(self, x: Tensor, output_type: str) -> Any:
+        """Images of the type asked for, through the VAE where there is one."""
+        if output_type == "latent":
+            return x
+        if self.vae is not None:
+            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+            x = self.vae.decode((x / self.vae.config.scaling_factor + shift).to(self.vae.dtype)).sample.float()
+        return self.image_processor.postprocess(x, output_type=output_type)
+
+
+def _generators(
+    given: torch.Generator | Sequence[torch.Generator] | None,
+    seed: int | None,
+    indices: Sequence[int] | None,
+    count: int,
+) -> list[torch.Generator]:
+    """One generator per image, from whichever the caller gave."""
+    if count < 1:
+        raise ValueError(f"there are {count} images to draw; it must be at least 1")
+    if given is not None and seed is not None:
+        raise ValueError("give a generator or a seed, not both")
+    if given is not None and not isinstance(given, torch.Generator):
+        if len(given) != count:
+            raise ValueError(f"{len(given)} generators for {count} images: give one, or one per image")
+        return list(given)
+    if indices is not None and len(indices) != count:
+        raise ValueError(f"{len(indices)} image_indices for {count} images: give one per image")
+    if seed is None:
+        device = "cpu" if given is None else given.device
+        seed = int(torch.randint(2**62, (1,), generator=given, device=device))
+    return image_generators(seed, range(count) if indices is None else indices)

@@ -1,0 +1,31 @@
+from fpdm.training.config import Config
+
+
+def digits() -> Config:
+    """Digits.
+
+    fpdm train digits
+    """
+    return Config().with_fields(
+        source="digits",
+        image_size=8,
+        channels=1,
+        hidden_size=96,
+        num_heads=4,
+        patch_size=2,
+        prediction_type="v_prediction",
+        beta_schedule="cosine",
+        no_grad_max=6,
+        with_grad_max=6,
+        steps=2400,
+        batch_size=64,
+        lr=1e-3,
+        warmup=100,
+        lr_schedule="cosine",
+        beta2=0.99,
+        ema=0.999,
+        device="cpu",
+        log_every=50,
+        sample_every=1000,
+        checkpoint_every=500,
+    )

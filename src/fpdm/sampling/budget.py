@@ -1,0 +1,186 @@
+"""From a budget of transformer block passes to iterations per timestep: integers, exact, made before anything runs.
+
+    T    model calls (timesteps)
+    n_t  iterations at timestep t, in sampling order (noise to image), each at least 1
+    cost = sum over t of (pre + K n_t + post) block passes per image
+
+Guidance's second evaluation of the network is not part of the budget; reports name it beside.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from fpdm.names import unknown
+
+ALLOCATIONS = ("constant", "rising", "falling")
+DEFAULT_BUDGET = 160
+DEFAULT_ITERATIONS = 2  # short solves at many timesteps: smoothing, with reuse to carry the solution on
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Block passes of one model call: `fixed` + `per_iteration` n. A network without iterations has per_iteration 0."""
+
+    fixed: int
+    per_iteration: int
+
+    def passes(self, iterations: int | None) -> int:
+        return self.fixed + self.per_iteration * (iterations or 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sampling will spend, in sampling order (noise to image).
+
+    iterations  per timestep; None at every timestep of a network without iterations
+    passes      block passes per timestep
+    asked       the budget asked for, None where none was
+    """
+
+    iterations: tuple[int | None, ...]
+    passes: tuple[int, ...]
+    asked: int | None = None
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.passes)
+
+    @property
+    def planned(self) -> int:
+        """Block passes in all; below `asked` only by what no whole iteration fits into."""
+        return sum(self.passes)
+
+    def __str__(self) -> str:
+        if self.iterations[0] is None:
+            return f"{self.num_steps} timesteps, {self.planned} block passes"
+        low, high = min(self.iterations), max(self.iterations)  # type: ignore[type-var]
+        iterations = f"{low}" if low == high else f"{low} to {high}"
+        return f"{self.num_steps} timesteps x {iterations} iterations, {self.planned} block passes"
+
+
+def make_plan(
+    cost: Cost,
+    *,
+    budget: int | None = None,
+    num_steps: int | None = None,
+    iterations: int | Sequence[int] | None = None,
+    allocation: str | Sequence[float] = "constant",
+    max_steps: int = 1000,
+) -> Plan:
+    """The plan that follows from any sensible choice of budget, timesteps and iterations.
+
+    budget      block passes per image
+    num_steps   timesteps T; with a budget and more timesteps, fewer iterations each (smoothing)
+    iterations  at every timestep, or a list with one entry per timestep
+    allocation  how iterations are shared out over the timesteps: "constant", "rising" or "falling" (weights linear
+                between 0.5 and 1.5, in sampling order, noise to image), or a weight per timestep
+
+    Raises ValueError where the choices contradict each other or the budget is too small, naming the smallest possible.
+    """
+    for name, value in (("budget", budget), ("num_steps", num_steps)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+    if cost.per_iteration == 0:
+        return _explicit_plan(cost, budget, num_steps, iterations, max_steps)
+    if iterations is not None and not isinstance(iterations, int):
+        return _listed_plan(cost, budget, num_steps, list(iterations), max_steps)
+    if iterations is not None and iterations < 1:
+        raise ValueError(f"iterations is {iterations}; every timestep needs at least 1")
+
+    if budget is None and num_steps is None:
+        budget = DEFAULT_BUDGET
+    if num_steps is None:
+        assert budget is not None
+        num_steps = min(max_steps, max(1, budget // cost.passes(iterations or DEFAULT_ITERATIONS)))
+    elif budget is None:
+        return _listed_plan(cost, None, None, [iterations or DEFAULT_ITERATIONS] * num_steps, max_steps)
+    elif iterations is not None and num_steps * cost.passes(iterations) != budget:
+        raise ValueError(
+            f"{num_steps} timesteps of {iterations} iterations cost {num_steps * cost.passes(iterations)} block "
+            f"passes, not {budget}: leave one of budget, num_steps and iterations out"
+        )
+    _check_steps(num_steps, max_steps)
+    smallest = num_steps * cost.passes(1)
+    if budget < smallest:
+        raise ValueError(
+            f"a budget of {budget} block passes is too small: {num_steps} timesteps need at least {smallest} "
+            f"({cost.fixed} outside the fixed point and {cost.per_iteration} for one iteration, at each). "
+            f"Raise the budget to {smallest} or take at most {max(1, budget // cost.passes(1))} timesteps"
+        )
+    total = (budget - num_steps * cost.fixed) // cost.per_iteration
+    shares = apportion(total, _weights(allocation, num_steps))
+    return Plan(shares, tuple(cost.passes(n) for n in shares), budget)
+
+
+def apportion(total: int, weights: Sequence[Fraction]) -> tuple[int, ...]:
+    """Integers of at least 1 that sum to `total` and are as proportional to `weights` as that allows.
+
+    Shares below 1 are raised to 1 first, the rest is shared out by largest remainder, so rising weights give rising
+    shares; equal weights are spread evenly. Needs total >= len(weights) and positive weights.
+    """
+    if len(set(weights)) == 1:  # largest remainders would tie: spread what is left over evenly instead
+        count = len(weights)
+        return tuple((i + 1) * total // count - i * total // count for i in range(count))
+    free = set(range(len(weights)))
+    while True:
+        left, whole = total - (len(weights) - len(free)), sum(weights[i] for i in free)
+        small = {i for i in free if left * weights[i] < whole}
+        if not small:
+            break
+        free -= small
+    quotas = {i: left * weights[i] / whole for i in free}
+    shares = [int(quotas[i]) if i in free else 1 for i in range(len(weights))]
+    by_remainder = sorted(free, key=lambda i: (int(quotas[i]) - quotas[i], i))
+    for i in by_remainder[: total - sum(shares)]:
+        shares[i] += 1
+    return tuple(shares)
+
+
+def _weights(allocation: str | Sequence[float], count: int) -> list[Fraction]:
+    if isinstance(allocation, str):
+        if allocation not in ALLOCATIONS:
+            raise ValueError(unknown("allocation", allocation, ALLOCATIONS))
+        ramp = [Fraction(count - 1 + 2 * i) if count > 1 else Fraction(1) for i in range(count)]  # 0.5 to 1.5, scaled
+        return {"constant": [Fraction(1)] * count, "rising": ramp, "falling": ramp[::-1]}[allocation]
+    if len(allocation) != count:
+        raise ValueError(f"{len(allocation)} weights for {count} timesteps: give one per timestep")
+    if not all(0 < weight < float("inf") for weight in allocation):
+        raise ValueError(f"weights must be positive and finite, not {list(allocation)}")
+    return [Fraction(weight) for weight in allocation]
+
+
+def _listed_plan(cost: Cost, budget: int | None, num_steps: int | None, iterations: list[int], max_steps: int) -> Plan:
+    if not iterations or not all(isinstance(n, int) and n >= 1 for n in iterations):
+        raise ValueError(f"iterations must be integers of at least 1, one per timestep, not {iterations}")
+    if num_steps not in (None, len(iterations)):
+        raise ValueError(f"{len(iterations)} iteration counts for {num_steps} timesteps: give one per timestep")
+    _check_steps(len(iterations), max_steps)
+    plan = Plan(tuple(iterations), tuple(cost.passes(n) for n in iterations), budget)
+    if budget not in (None, plan.planned):
+        raise ValueError(f"these iterations cost {plan.planned} block passes, not {budget}: leave the budget out")
+    return plan
+
+
+def _explicit_plan(
+    cost: Cost,
+    budget: int | None,
+    num_steps: int | None,
+    iterations: int | Sequence[int] | None,
+    max_steps: int,
+) -> Plan:
+    if iterations is not None:
+        raise ValueError("an explicit DiT has no iterations: give a budget or a number of timesteps")
+    if num_steps is None:
+        budget = DEFAULT_BUDGET if budget is None else budget
+        num_steps = min(max_steps, budget // cost.fixed)
+    smallest = max(1, num_steps) * cost.fixed
+    if budget is not None and budget < smallest:
+        raise ValueError(f"a budget of {budget} block passes is too small: the smallest possible is {smallest}")
+    _check_steps(num_steps, max_steps)
+    return Plan((None,) * num_steps, (cost.fixed,) * num_steps, budget)
+
+
+def _check_steps(num_steps: int, max_steps: int) -> None:
+    if not 1 <= num_steps <= max_steps:
+        raise ValueError(f"{num_steps} timesteps; the noise schedule has room for 1 to {max_steps}")

@@ -1,0 +1,167 @@
+"""The complete description of a training run: frozen dataclasses, without torch, so that `--help` is quick.
+
+Field names are unique over all groups: the command line sets each by its own flag.
+"""
+
+import dataclasses
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import UnionType
+from typing import Any, get_args, get_type_hints
+
+from fpdm.names import unknown
+
+
+def option(default: Any, help: str, **more: Any) -> Any:
+    """A field with a help text; `choices` lists allowed values, `least` the smallest."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    network: str = option("fpdm", "fixed point or explicit network", choices=("fpdm", "dit"))
+    model: str | None = option(None, "preset: S, B, L or XL, slash, patch, e.g. S/4; single sizes below override it")
+    patch_size: int | None = option(None, "side of a patch in pixels (or latents)", least=1)
+    hidden_size: int | None = option(None, "width", least=4)
+    num_heads: int | None = option(None, "attention heads", least=1)
+    depth: int | None = option(None, "blocks of an explicit DiT", least=1)
+    num_pre: int = option(1, "explicit blocks before the fixed point", least=1)
+    num_core: int = option(1, "blocks in the shared group of the fixed point", least=1)
+    num_post: int = option(1, "explicit blocks after the fixed point", least=1)
+    time_in_pre_post: bool = option(False, "pre and post blocks see the timestep too")
+    learned_variance: bool = option(True, "learn the variance, for DDPM sampling")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = option("folder", "kind of data", choices=("digits", "folder", "idx"))
+    data: str | None = option(None, "folder of images, or of IDX files")
+    image_size: int = option(32, "side of the images in pixels", least=1)
+    channels: int = option(3, "1 for grey, 3 for RGB (image folders)", choices=(1, 3))
+    crop: str = option("center", "how images become square", choices=("center", "random"))
+    flip: bool = option(False, "mirror half of the images")
+    conditional: bool = option(True, "learn the classes, where the data has any")
+    class_dropout: float = option(0.1, "share of images trained without class, for guidance", least=0, most=1)
+    workers: int = option(0, "processes that read images", least=0)
+
+
+@dataclass(frozen=True)
+class DiffusionConfig:
+    beta_schedule: str = option("linear", "noise schedule", choices=("linear", "cosine"))
+    prediction_type: str = option("epsilon", "what the network predicts", choices=("epsilon", "v_prediction", "sample"))
+    zero_terminal_snr: bool = option(False, "pure noise at the last timestep (with v_prediction or sample)")
+    min_snr_gamma: float | None = option(None, "min-SNR weighting, 5 in the paper; none weights all timesteps alike")
+    num_train_timesteps: int = option(1000, "timesteps of the noise schedule", least=2)
+
+
+@dataclass(frozen=True)
+class GradientConfig:
+    no_grad_max: int = option(10, "S-JFB: most iterations without gradient (N)", least=0)
+    with_grad_max: int = option(12, "S-JFB: most iterations with gradient (M)", least=1)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    steps: int = option(400_000, "optimiser steps in all", least=1)
+    batch_size: int = option(256, "images per step, over all processes", least=1)
+    accumulation: int = option(1, "parts that a process's share of a batch is split into", least=1)
+    lr: float = option(1e-4, "peak learning rate of AdamW", least=0)
+    lr_schedule: str = option("constant", "learning rate after warm-up", choices=("constant", "cosine"))
+    warmup: int = option(0, "steps over which the learning rate rises from 0", least=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
+    beta2: float = option(0.999, "AdamW's second decay rate", least=0, most=1)
+    grad_clip: float = option(1.0, "largest norm of the gradient", least=0)
+    ema: float = option(0.9999, "decay of the weights' moving average; rises to this from 0.1", least=0, most=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    seed: int = option(0, "seed of everything random")
+    device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
+    mixed_precision: str = option("no", "bf16 where the device is good at it", choices=("no", "bf16"))
+    init_from: str | None = option(None, "model folder (or hub name) to fine-tune")
+    log_every: int = option(50, "steps between lines of the log", least=1)
+    sample_every: int = option(1000, "steps between sample grids", least=1)
+    sample_budget: int = option(160, "block passes per image of the sample grids", least=1)
+    checkpoint_every: int = option(1000, "steps between checkpoints", least=1)
+    keep_checkpoints: int = option(2, "checkpoints to keep", least=1)
+    tracker: str = option("none", "where to follow the run besides log.jsonl", choices=("none", "tensorboard"))
+
+
+@dataclass(frozen=True)
+class Config:
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    gradient: GradientConfig = GradientConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+
+    def with_fields(self, **changes: Any) -> "Config":
+        """A copy with single fields changed, by their names. Raises ValueError for an unknown field or a bad value."""
+        homes = {name: group for group, name in field_names()}
+        for name in changes:
+            if name not in homes:
+                raise ValueError(unknown("field", name, homes))
+        config = self
+        for name, value in changes.items():
+            group = homes[name]
+            config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+        config.check()
+        return config
+
+    def check(self) -> None:
+        """Raises ValueError for a value out of range or of the wrong kind, naming the field."""
+        for group, name in field_names():
+            check_value(getattr(self, group), name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+# What may differ between the parts of one run: how long, how often and where, but not what is learned from what.
+# `data` is a path; the images themselves are compared by fingerprint.
+CHANGEABLE = {
+    "steps", "log_every", "sample_every", "sample_budget", "checkpoint_every", "keep_checkpoints", "workers", "device",
+    "accumulation", "tracker", "data",
+}  # fmt: skip
+
+
+def groups() -> dict[str, type]:
+    return {f.name: type(f.default) for f in fields(Config)}
+
+
+def field_names() -> list[tuple[str, str]]:
+    """(group, field) of every field."""
+    return [(group, f.name) for group, cls in groups().items() for f in fields(cls)]
+
+
+def check_value(group: Any, name: str) -> None:
+    metadata = next(f.metadata for f in fields(group) if f.name == name)
+    value, allowed = getattr(group, name), value_type(type(group), name)
+    optional = type(None) in get_args(get_type_hints(type(group))[name])
+    if value is None and optional:
+        return
+    if isinstance(value, bool) is not (allowed is bool) or not isinstance(
+        value, (allowed, int) if allowed is float else allowed
+    ):
+        raise ValueError(f"{name} is {value!r}; it must be a value of type {allowed.__name__}")
+    if "choices" in metadata and value not in metadata["choices"]:
+        raise ValueError(unknown(name, str(value), map(str, metadata["choices"])))
+    if not metadata.get("least", value) <= value <= metadata.get("most", value):
+        bounds = f"at least {metadata.get('least')}" + (f", at most {metadata['most']}" if "most" in metadata else "")
+        raise ValueError(f"{name} is {value}; it must be {bounds}")
+
+
+def value_type(cls: type, name: str) -> type:
+    """The type of a field's values, None aside."""
+    hint = get_type_hints(cls)[name]
+    return next(t for t in get_args(hint) if t is not type(None)) if isinstance(hint, UnionType) else hint
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields whose change makes another run: name -> (before, now)."""
+    return {
+        name: (old.get(group, {}).get(name, dataclasses.MISSING), new[group][name])
+        for group, name in field_names()
+        if name not in CHANGEABLE and old.get(group, {}).get(name) != new[group][name]
+    }

@@ -1,0 +1,76 @@
+"""The folder of a run: config, log, checkpoints, sample grids, and at the end the model.
+
+runs/NAME/config.json, log.jsonl, checkpoints/, samples/, pipeline/
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fpdm.training.config import Config, differences
+
+
+class RunDir:
+    """A run's folder, new or to be gone on with.
+
+    Raises ValueError if it belongs to another config or other data, naming what differs; OSError if it cannot be
+    written.
+    """
+
+    def __init__(self, path: str | Path, config: Config, fingerprint: str):
+        self.path = Path(path)
+        self.checkpoints, self.samples = self.path / "checkpoints", self.path / "samples"
+        self.pipeline, self.log = self.path / "pipeline", self.path / "log.jsonl"
+        settings = self.path / "config.json"
+        new = {**config.to_dict(), "data_fingerprint": fingerprint}
+        if settings.is_file():
+            self._compare(json.loads(settings.read_text()), new)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise ValueError(f"{self.path} is there already and is not a run: choose another --name")
+        self._new = new
+
+    def create(self) -> None:
+        """Make the folders and write the config. Called by one process only."""
+        for folder in (self.path, self.checkpoints, self.samples):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_aside(self.path / "config.json", json.dumps(self._new, indent=1) + "\n")
+
+    def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
+        changed = [f"{name} was {was!r}, is {now!r}" for name, (was, now) in differences(old, new).items()]
+        if old.get("data_fingerprint") != new["data_fingerprint"]:
+            changed.append("the images are others")
+        if changed:
+            raise ValueError(
+                f"{self.path} belongs to another run: {'; '.join(changed)}. "
+                "Give the same settings to go on with it, or another --name to start anew"
+            )
+
+    def cut_log(self, step: int) -> None:
+        """Drop what the log says of steps after `step`, a torn last line too."""
+        if not self.log.is_file():
+            return
+        kept = []
+        for line in self.log.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                break
+            if entry["step"] > step:
+                break
+            kept.append(line + "\n")
+        write_aside(self.log, "".join(kept))
+
+    def append_log(self, entry: dict[str, Any]) -> None:
+        with self.log.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write a file so that it is there either whole or not at all."""
+    aside = path.with_name(f".{path.name}.writing")
+    with aside.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)

@@ -1,0 +1,189 @@
+"""The command line as its users meet it: what works, and one clear message for what cannot."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from fpdm.cli.main import main
+
+TINY = [
+    "--hidden-size", "16", "--num-heads", "2", "--patch-size", "4", "--batch-size", "8", "--steps", "4",
+    "--log-every", "2", "--checkpoint-every", "2", "--sample-every", "4", "--sample-budget", "12",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    assert main(["train", "digits", "--runs-dir", str(folder), *TINY]) == 0
+    return folder
+
+
+@pytest.fixture
+def model(runs):
+    return str(runs / "digits")
+
+
+def refused(arguments, capsys):
+    """The message of a command that is refused with exit status 2 and no traceback."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as exit:
+        status = exit.code
+    said = capsys.readouterr().err
+    assert status == 2, said
+    assert "Traceback" not in said
+    return said
+
+
+def test_help_loads_neither_torch_nor_diffusers():
+    code = (
+        "import sys; from fpdm.cli.main import make_parser; from fpdm.recipes import recipe; "
+        "make_parser().format_help(); "
+        "recipe('digits'); import fpdm; dir(fpdm); "
+        "sys.exit(bool({'torch', 'diffusers', 'accelerate', 'numpy', 'matplotlib'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["sample", "--help"], ["demo", "--help"], ["--version"]]
+)
+def test_help(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 0
+    assert "fpdm" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], ["trian", "'train'"]),
+        (["train", "digitz"], ["digitz", "'digits'"]),
+        (["train", "digits", "--batchsize", "4"], ["--batchsize", "'--batch-size'"]),
+        (["train", "digits", "--batch-size", "many"], ["--batch-size", "many"]),
+        (["train", "digits", "--batch-size", "0"], ["batch_size", "at least 1"]),
+        (["train", "digits", "--patch-size", "3"], ["3", "8", "[1, 2, 4, 8]"]),
+        (["train", "digits", "--crop", "centre"], ["centre", "'center'"]),
+        (["train", "digits", "--device", "cuda"], ["cuda", "cpu"]),
+        (["train", "images"], ["--data PATH"]),
+        (["train", "images", "--data", "/nowhere"], ["/nowhere", "not a folder"]),
+        (["train", "images", "--data", "{tmp}"], ["holds no images"]),
+        (["train", "fashion_mnist", "--data", "{tmp}"], ["train-images-idx3-ubyte"]),
+        (["train", "digits", "--init-from", "{tmp}"], ["not a model folder"]),
+        (["train", "digits", "--model", "S/3"], ["S/3", "'S/"]),
+        (["sample", "/nowhere", "--out", "{tmp}/o"], ["no folder /nowhere"]),
+        (["sample", "{tmp}", "--out", "{tmp}/o"], ["not a model"]),
+    ],
+)  # fmt: skip
+def test_refused(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = refused([argument.replace("{tmp}", str(tmp_path)) for argument in arguments], capsys)
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "runs").exists(), "nothing is left behind by a refused command"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--classes", "11"], ["class 11", "0 to 9"]),
+        (["--classes", "0-10"], ["class 10", "0 to 9"]),
+        (["--classes", "cat"], ["cat"]),
+        (["--budget", "5", "--steps", "10"], ["5", "30", "1 timesteps"]),
+        (["--budget", "2"], ["3"]),
+        (["--steps", "1001"], ["1001", "1000"]),
+        (["--iterations", "two"], ["two"]),
+        (["--iterations", "2,3", "--steps", "3"], ["2 iteration counts for 3"]),
+        (["--allocation", "rizing", "--budget", "40", "--steps", "4"], ["rizing", "'rising'"]),
+        (["--scheduler", "dpm"], ["dpm", "dpm++"]),
+        (["--guide", "2"], ["--guide", "'--guidance-scale'"]),
+        (["--device", "cuda"], ["cuda", "cpu"]),
+        (["--dtype", "int8"], ["int8", "float32"]),
+        (["--num-images", "0"], ["at least 1"]),
+    ],
+)
+def test_sampling_that_cannot_be_done_is_refused(arguments, words, model, capsys, tmp_path):
+    out = tmp_path / "out"
+    said = refused(["sample", model, "--out", out, *arguments], capsys)
+    assert all(word in said for word in words), said
+    assert not out.exists()
+
+
+def test_damaged_models_are_refused(model, capsys, tmp_path):
+    damaged = tmp_path / "damaged"
+    subprocess.run(["cp", "-r", model + "/pipeline", damaged], check=True)
+    weights = damaged / "transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "damaged" in refused(["sample", damaged, "--out", tmp_path / "o"], capsys)
+    weights.unlink()
+    assert "diffusion_pytorch_model" in refused(["sample", damaged, "--out", tmp_path / "o"], capsys)
+    (damaged / "transformer/config.json").write_text("{")
+    assert str(damaged) in refused(["sample", damaged, "--out", tmp_path / "o"], capsys)
+    (damaged / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    assert "StableDiffusionPipeline" in refused(["sample", damaged, "--out", tmp_path / "o"], capsys)
+
+
+def test_places_that_cannot_be_written_to_are_refused(model, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a file" in refused(["sample", model, "--out", tmp_path / "file/out"], capsys)
+    assert "is a file" in refused(["train", "digits", "--runs-dir", tmp_path / "file"], capsys)
+    if os.geteuid() != 0:  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o500)
+        assert "cannot be written" in refused(["sample", model, "--out", tmp_path / "locked/out"], capsys)
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(ValueError, match="not a model"):
+        main(["sample", str(tmp_path), "--out", str(tmp_path / "o"), "--debug"])
+
+
+def test_a_finished_run_says_so_and_another_config_is_refused(runs, capsys):
+    assert main(["train", "digits", "--runs-dir", str(runs), *TINY]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert "lr was 0.001, is 0.5" in refused(["train", "digits", "--runs-dir", runs, *TINY, "--lr", "0.5"], capsys)
+
+
+def sampled(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def test_sample_writes_images_grid_and_report(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["sample", model, "--budget", "40", "--steps", "8", "--classes", "3,5-6", "--num-images", "7"]
+    assert main([*command, "--batch-size", "4", "--out", str(out)]) == 0
+    assert "8 timesteps x 3 iterations, 40 block passes" in capsys.readouterr().out
+    assert sorted(sampled(out)) == [f"{i:06d}.png" for i in range(7)] + ["grid.png"]
+    with Image.open(out / "000000.png") as image:
+        assert (image.size, image.mode) == ((8, 8), "L")
+    kept = json.loads((out / "report.json").read_text())
+    assert kept["request"]["classes"] == [3, 5, 6]
+    assert kept["report"]["images"] == 7
+    assert kept["report"]["spent"] == kept["report"]["planned"] == kept["report"]["asked"] == 40
+
+
+def test_sample_makes_only_what_is_missing(model, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    command = ["sample", model, "--budget", "20", "--seed", "4", "--num-images"]
+    assert main([*command, "9", "--out", str(whole)]) == 0
+    assert main([*command, "5", "--out", str(parts), "--batch-size", "2"]) == 0
+    (parts / "000003.png").unlink()
+    untouched = (parts / "000001.png").stat().st_mtime_ns
+    assert main([*command, "9", "--out", str(parts)]) == 0
+    assert sampled(parts) == sampled(whole)
+    assert (parts / "000001.png").stat().st_mtime_ns == untouched
+    assert main([*command, "9", "--out", str(parts)]) == 0, "nothing is missing"
+
+
+def test_sample_does_not_mix_requests_or_folders(model, tmp_path, capsys):
+    out = tmp_path / "out"
+    command = ["sample", model, "--budget", "20", "--num-images", "2", "--out", str(out)]
+    assert main(command) == 0
+    assert "seed was 0, is 1" in refused([*command, "--seed", "1"], capsys)
+    (tmp_path / "album").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "album/me.png")
+    assert "holds images already" in refused([*command[:-1], tmp_path / "album"], capsys)

@@ -1,0 +1,74 @@
+"""Whole programs in processes of their own: interrupted, resumed, opened elsewhere."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.training.runs import log_of, tensors_of
+
+TRAIN = [
+    sys.executable, "-m", "fpdm", "train", "digits", "--hidden-size", "16", "--num-heads", "2", "--patch-size", "4",
+    "--batch-size", "8", "--log-every", "5", "--checkpoint-every", "50", "--sample-every", "10000",
+    "--lr-schedule", "constant", "--no-grad-max", "2", "--with-grad-max", "2",
+]  # fmt: skip
+
+
+def train(folder, *more):
+    return [*TRAIN, "--runs-dir", str(folder), *more]
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_the_same_command_goes_on(number, tmp_path):
+    log = tmp_path / "a/digits/log.jsonl"
+    process = subprocess.Popen(train(tmp_path / "a", "--steps", "100000"), stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 3)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "The same command goes on" in said
+    stopped = max(int(path.name[5:]) for path in (tmp_path / "a/digits/checkpoints").iterdir())
+
+    steps = ["--steps", str(stopped + 20)]
+    subprocess.run(train(tmp_path / "a", *steps), check=True, capture_output=True)
+    subprocess.run(train(tmp_path / "b", *steps), check=True, capture_output=True)
+    resumed, whole = (tensors_of(tmp_path / name / "digits", stopped + 20) for name in "ab")
+    assert resumed.keys() == whole.keys()
+    assert all(resumed[key].equal(whole[key]) for key in whole)
+    assert log_of(tmp_path / "a/digits") == log_of(tmp_path / "b/digits")
+
+
+def test_train_sample_and_open_elsewhere(tmp_path):
+    subprocess.run(train(tmp_path, "--steps", "5"), check=True, capture_output=True)
+    sample = [sys.executable, "-m", "fpdm", "sample", str(tmp_path / "digits"), "--budget", "12", "--num-images", "3"]
+    subprocess.run([*sample, "--out", str(tmp_path / "out")], check=True, capture_output=True)
+    assert json.loads((tmp_path / "out/report.json").read_text())["report"]["spent"] == 12
+
+    code = (
+        "import sys, numpy\n"
+        "from PIL import Image\n"
+        "from fpdm import FixedPointDiTPipeline\n"
+        "pipe = FixedPointDiTPipeline.from_pretrained(sys.argv[1])\n"
+        "image = pipe(2, budget=12, seed=0, image_indices=[2]).images[0]\n"
+        "assert numpy.array_equal(numpy.asarray(image), numpy.asarray(Image.open(sys.argv[2])))\n"
+    )
+    arguments = [str(tmp_path / "digits/pipeline"), str(tmp_path / "out/000002.png")]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+
+
+def test_the_demo_makes_its_table_and_picture(tmp_path):
+    demo = [sys.executable, "-m", "fpdm", "demo", "--out", str(tmp_path), "--steps", "3"]
+    said = subprocess.run(demo, check=True, capture_output=True, text=True).stdout
+    spent = [line.split() for line in said.splitlines() if " x " in line and line.strip()[0].isdigit()]
+    assert [(row[0], row[-2]) for row in spent] == [("12", "12"), ("48", "48"), ("160", "160")]
+    assert (tmp_path / "demo.png").stat().st_size > 10_000

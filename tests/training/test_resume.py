@@ -1,0 +1,128 @@
+"""A run that was stopped and gone on with equals one that was not: bit for bit on the CPU, the log too."""
+
+import json
+
+import pytest
+import torch
+
+from fpdm.training import loop
+from fpdm.training.loop import Trainer
+from tests.training.runs import interrupt_at, log_of, tensors_of, tiny
+
+
+def assert_same_run(one, other, step):
+    first, second = tensors_of(one, step), tensors_of(other, step)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    assert log_of(one) == log_of(other)
+    weights = "pipeline/transformer/diffusion_pytorch_model.safetensors"
+    assert (one / weights).read_bytes() == (other / weights).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    assert Trainer(tiny(), path).run() == "finished"
+    return path
+
+
+@pytest.mark.parametrize("step", range(1, 10))
+def test_stopped_at_any_step(step, uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, step)
+        assert Trainer(tiny(), tmp_path / "run").run() == "interrupted"
+    assert (tmp_path / "run/pipeline/model_index.json").is_file()
+    assert Trainer(tiny(), tmp_path / "run").run() == "finished"
+    assert_same_run(uninterrupted, tmp_path / "run", 10)
+
+
+def test_killed_between_checkpoints(uninterrupted, tmp_path, monkeypatch):
+    """Without a chance to save: the log is cut back to the last checkpoint, and what was done since is done again."""
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_log", die_at(8, Trainer._log))
+        with pytest.raises(SystemExit):
+            Trainer(tiny(), path).run()
+    with (path / "log.jsonl").open("a") as file:
+        file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # written after the checkpoint of step 5, and torn
+    assert Trainer(tiny(), path).run() == "finished"
+    assert_same_run(uninterrupted, path, 10)
+
+
+def die_at(step, method):
+    def dying(self, *args):
+        if self.step == step:
+            raise SystemExit("killed")
+        return method(self, *args)
+
+    return dying
+
+
+def test_torn_while_a_checkpoint_is_written(uninterrupted, tmp_path, monkeypatch):
+    path, real = tmp_path / "run", loop.checkpoints.save_file
+    with monkeypatch.context() as patch:
+
+        def torn(tensors, file):
+            if "step-00000010" in str(file) and file.name.startswith("optimizer"):
+                file.write_bytes(b"half a fi")
+                raise SystemExit("killed")
+            real(tensors, file)
+
+        patch.setattr(loop.checkpoints, "save_file", torn)
+        with pytest.raises(SystemExit):
+            Trainer(tiny(), path).run()
+    assert loop.checkpoints.all_steps(path / "checkpoints") == [5]
+    assert Trainer(tiny(), path).run() == "finished"
+    assert_same_run(uninterrupted, path, 10)
+
+
+@pytest.mark.parametrize("changes", [{"workers": 2}, {"log_every": 4, "checkpoint_every": 3}])
+def test_what_may_change_changes_nothing(changes, uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        Trainer(tiny(), tmp_path / "run").run()
+    Trainer(tiny(**changes), tmp_path / "run").run()
+    assert_same_run(uninterrupted, tmp_path / "run", 10)
+
+
+def test_more_steps_can_be_asked_for(tmp_path):
+    constant = {"lr_schedule": "constant"}  # a cosine depends on the number of steps
+    Trainer(tiny(**constant), tmp_path / "whole").run()
+    Trainer(tiny(steps=5, **constant), tmp_path / "run").run()
+    assert Trainer(tiny(steps=5, **constant), tmp_path / "run").run() == "already finished"
+    assert Trainer(tiny(**constant), tmp_path / "run").run() == "finished"
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 10)
+
+
+def test_accumulation_changes_rounding_only(uninterrupted, tmp_path):
+    Trainer(tiny(accumulation=4), tmp_path / "run").run()
+    whole, parts = tensors_of(uninterrupted, 10), tensors_of(tmp_path / "run", 10)
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=2e-3, atol=2e-4)
+
+
+def test_another_seed_is_another_run(uninterrupted, tmp_path):
+    Trainer(tiny(seed=1), tmp_path / "run").run()
+    assert log_of(tmp_path / "run") != log_of(uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"), [({"lr": 0.5}, "lr"), ({"hidden_size": 32}, "hidden_size"), ({"seed": 3}, "seed")]
+)
+def test_another_config_is_refused_by_name(changes, named, uninterrupted):
+    with pytest.raises(ValueError, match=f"another run: {named} was"):
+        Trainer(tiny(**changes), uninterrupted)
+
+
+def test_other_data_is_refused(uninterrupted, tmp_path):
+    settings = json.loads((uninterrupted / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "data_fingerprint": "other"}))
+    with pytest.raises(ValueError, match="the images are others"):
+        Trainer(tiny(), tmp_path)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="not a run"):
+        Trainer(tiny(), tmp_path)

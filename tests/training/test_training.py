@@ -1,0 +1,158 @@
+"""What a step does, and what a run leaves behind."""
+
+import json
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.training.adopt import fields_of
+from fpdm.training.draws import draw
+from fpdm.training.ema import Ema
+from fpdm.training.loop import Trainer, learning_rate
+from tests.training.runs import log_of, tiny
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate settles precision and device once per process; here each run is to choose anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_draws_do_not_depend_on_how_the_batch_is_shared_out():
+    whole = draw(0, 7, [0, 1, 2, 3], (1, 4, 4), 1000, 0.5)
+    parts = [draw(0, 7, slots, (1, 4, 4), 1000, 0.5) for slots in ([0, 1], [2], [3])]
+    for name in ("noise", "timesteps", "dropped"):
+        assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
+    assert not torch.equal(whole.noise, draw(0, 8, [0, 1, 2, 3], (1, 4, 4), 1000, 0.5).noise)
+
+
+def test_draws_have_the_distributions_they_should():
+    draws = draw(0, 0, list(range(4000)), (1, 2, 2), 10, 0.25)
+    assert abs(draws.noise.mean()) < 0.03
+    assert abs(draws.noise.std() - 1) < 0.03
+    assert abs(draws.dropped.float().mean() - 0.25) < 0.03
+    assert draws.timesteps.bincount(minlength=10).min() > 300
+
+
+def test_ema_follows_its_formula():
+    model = torch.nn.Linear(1, 1, bias=False)
+    ema, expected = Ema(model, 0.5), model.weight.item()
+    for step in range(1, 30):
+        with torch.no_grad():
+            model.weight.fill_(step)
+        ema.update(model, step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_learning_rate_warms_up_and_decays():
+    config = tiny(steps=103, warmup=3, lr=3.0, lr_schedule="cosine")
+    assert [learning_rate(config, step) for step in range(4)] == [1.0, 2.0, 3.0, 3.0]
+    assert learning_rate(config, 53) == pytest.approx(1.5)
+    assert learning_rate(config, 103) == pytest.approx(0.0)
+    assert learning_rate(tiny(steps=103, lr=3.0, lr_schedule="constant"), 99) == 3.0
+
+
+def test_a_short_run_learns_and_leaves_a_model_that_opens(tmp_path):
+    config = tiny(steps=60, batch_size=32, lr=3e-3, log_every=20, sample_every=60, sample_budget=20, hidden_size=32)
+    trainer = Trainer(config, tmp_path / "run")
+    assert "1,797 images" in trainer.summary()
+    assert trainer.run() == "finished"
+    losses = [entry["loss"] for entry in log_of(tmp_path / "run")]
+    assert losses[-1] < 0.7 * losses[0]
+    assert (tmp_path / "run/samples/step-00000060.png").is_file()
+
+    pipe = FixedPointDiTPipeline.from_pretrained(tmp_path / "run/pipeline")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.config.class_names == [str(digit) for digit in range(10)]
+    averaged = dict(trainer.ema.model.named_parameters())
+    for name, weight in pipe.transformer.named_parameters():
+        assert torch.equal(weight, averaged[name])
+    assert pipe("7", budget=20, seed=0).images[0].size == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network": "dit", "depth": 2},
+        {"conditional": False},
+        {"num_core": 2, "num_pre": 2},
+        {"prediction_type": "v_prediction", "zero_terminal_snr": True, "learned_variance": False},
+        {"prediction_type": "sample", "beta_schedule": "cosine", "min_snr_gamma": 5.0},
+        {"mixed_precision": "bf16"},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_every_kind_of_model_trains_and_samples(changes, tmp_path):
+    config = tiny(steps=2, log_every=1, sample_every=2, sample_budget=12, **changes)
+    assert Trainer(config, tmp_path / "run").run() == "finished"
+    assert (tmp_path / "run/samples/step-00000002.png").is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    config = tiny(lr=1e30, grad_clip=0.0, warmup=0, log_every=1, checkpoint_every=1)
+    with pytest.raises(FloatingPointError, match="lower --lr"):
+        Trainer(config, tmp_path / "run").run()
+    assert (tmp_path / "run/checkpoints").is_dir()
+
+
+def images_folder(root, classes=("cat", "dog"), size=8):
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for i in range(6):
+            Image.new("RGB", (size + i, size), (40 * i, 100 * c, 50)).save(root / name / f"{i}.png")
+    return root
+
+
+def folder_config(data, **changes):
+    return tiny(source="folder", data=str(data), channels=3, steps=3, log_every=1, **changes)
+
+
+def test_broken_images_are_passed_over_counted_and_named(tmp_path):
+    data = images_folder(tmp_path / "data")
+    (data / "cat/broken.png").write_bytes(b"not a picture")
+    trainer = Trainer(folder_config(data), tmp_path / "run")
+    trainer.run()
+    assert len(trainer.broken) == 1
+    assert "cat/broken.png" in trainer.broken[0]
+    assert log_of(tmp_path / "run")[-1]["broken_images"] == 1
+
+
+def test_fine_tuning_takes_network_and_weights_and_starts_new_classes_anew(tmp_path):
+    first = Trainer(folder_config(images_folder(tmp_path / "a")), tmp_path / "first")
+    first.run()
+    folder = str(tmp_path / "first/pipeline")
+    adopted = fields_of(folder)
+    assert (adopted["hidden_size"], adopted["network"], adopted["channels"]) == (16, "fpdm", 3)
+
+    data = images_folder(tmp_path / "b", classes=("x", "y", "z"))
+    second = Trainer(folder_config(data, init_from=folder, **{"lr": 0.5}), tmp_path / "second")
+    old, new = dict(first.ema.model.named_parameters()), dict(second.net.named_parameters())
+    assert new["label_embed.weight"].shape[0] == 4
+    for name in old:
+        if name != "label_embed.weight":
+            assert torch.equal(old[name], new[name]), name
+
+
+def test_fine_tuning_another_network_is_refused_by_name(tmp_path):
+    data = images_folder(tmp_path / "a")
+    Trainer(folder_config(data), tmp_path / "first").run()
+    config = folder_config(data, init_from=str(tmp_path / "first/pipeline"), hidden_size=32)
+    with pytest.raises(ValueError, match="hidden_size 16, not 32"):
+        Trainer(config, tmp_path / "second")
+
+
+def test_the_config_is_kept_with_the_run(tmp_path):
+    Trainer(tiny(), tmp_path / "run")
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    assert kept["optimizer"]["batch_size"] == 8
+    assert len(kept["data_fingerprint"]) == 64
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="batch_size 8 cannot be shared"):
+        Trainer(tiny(accumulation=3), tmp_path / "run")
