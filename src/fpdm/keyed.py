@@ -5,6 +5,7 @@ whatever the batch size, the number of processes or the point at which a run was
 """
 
 import hashlib
+import operator
 
 import torch
 
@@ -13,6 +14,7 @@ Key = int | str
 
 def seed_of(*key: Key) -> int:
     """A 63-bit seed for `key`. Hashing keeps (1, 23) and (12, 3) apart, which adding or joining digits would not."""
+    key = tuple(part if isinstance(part, str) else operator.index(part) for part in key)  # 3 and np.int64(3) alike
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 

@@ -58,6 +58,13 @@ class DiffusionLoss:
         self.log_posterior_variance = torch.cat([variance[1:2], variance[1:]]).log().float()
         self.log_betas = betas.log().float()
 
+    def to(self, device: torch.device) -> "DiffusionLoss":
+        """Move the tables to where the images are, so that no step waits for them."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        return self
+
     @property
     def num_timesteps(self) -> int:
         return len(self.alpha_bar)
@@ -68,6 +75,12 @@ class DiffusionLoss:
 
     def __call__(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Loss:
         """The loss of a network's `output` (B, C or 2C, H, W) at x_t = noisy(x0, noise, t)."""
+        channels = x0.shape[1] * (2 if self.learned_variance else 1)
+        if output.shape[1] != channels:  # one channel would broadcast against many
+            raise ValueError(
+                f"the output has {output.shape[1]} channels, not {channels}: images of {x0.shape[1]}, "
+                f"{'with' if self.learned_variance else 'without'} learned variance"
+            )
         prediction, variance = output.chunk(2, dim=1) if self.learned_variance else (output, None)
         wanted = target(self.kind, x0, noise, _at(self.alpha_bar, t))
         mse = (prediction.float() - wanted).square().flatten(1).mean(1)

@@ -8,6 +8,10 @@
 
 from torch import Tensor
 
+from fpdm.names import unknown
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
 
 def add_noise(x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """x_t from images `x0` (B, C, H, W) and noise of their shape."""
@@ -20,7 +24,9 @@ def target(kind: str, x0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
         return noise
     if kind == "sample":
         return x0
-    return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+    if kind == "v_prediction":
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0
+    raise ValueError(unknown("prediction type", kind, PREDICTION_TYPES))
 
 
 def predicted_x0(kind: str, prediction: Tensor, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
@@ -30,4 +36,6 @@ def predicted_x0(kind: str, prediction: Tensor, x_t: Tensor, alpha_bar: Tensor) 
         return (x_t - s * prediction) / a
     if kind == "sample":
         return prediction
-    return a * x_t - s * prediction
+    if kind == "v_prediction":
+        return a * x_t - s * prediction
+    raise ValueError(unknown("prediction type", kind, PREDICTION_TYPES))

@@ -2,10 +2,10 @@
 
 from diffusers import DDPMScheduler
 
+from fpdm.diffusion.predictions import PREDICTION_TYPES
 from fpdm.names import unknown
 
 BETA_SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 def make_schedule(

@@ -150,9 +150,8 @@ def _two_phases(
     """Solve under `first` without gradient, then under `second` with it, from a detached z."""
     with torch.no_grad():
         begun = solve(f, z.detach(), detach(context), solver=solver, stopping=first, record=False, keep=keep)
-    if torch.is_autocast_enabled(z.device.type):
-        # Autocast caches its casts of the weights. Those made above carry no gradient, and would be used again below.
-        torch.clear_autocast_cache()
+    # Autocast caches its casts of the weights. Those made above carry no gradient, and would be used again below.
+    torch.clear_autocast_cache()
     later = tuple(k - len(begun.residuals) for k in keep)
     ended = solve(f, begun.value, context, solver=solver, stopping=second, record=False, keep=later)
     return begun.then(ended)

@@ -63,7 +63,7 @@ class Solution:
             later.value,
             torch.cat([self.residuals, later.residuals]),
             self.iterations + later.iterations,
-            later.status,
+            torch.where(later.status == Status.COMPLETED, self.status, later.status),
             self.kept | {done + k: z for k, z in later.kept.items()},
         )
 
@@ -111,9 +111,10 @@ def solve(
 @torch.no_grad()
 def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
     """|f(z) - z| / |f(z)| per sample, (batch,) float32. Not differentiated: it is a measurement."""
-    distance = torch.linalg.vector_norm((fz - z).flatten(1), dim=1, dtype=torch.float32)
-    size = torch.linalg.vector_norm(fz.flatten(1), dim=1, dtype=torch.float32)
-    return distance / size.clamp_min(torch.finfo(torch.float32).tiny)
+    dtype = torch.promote_types(fz.dtype, torch.float32)
+    distance, size = (torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype) for v in (fz - z, fz))
+    # The second term keeps the ratio finite where f(z) = 0: infinite means diverged.
+    return (distance / torch.maximum(size, 1e-30 * distance).clamp_min(torch.finfo(torch.float32).tiny)).float()
 
 
 def _column(mask: Tensor, like: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from fpdm.fixedpoint.stopping import FixedIterations, Stopping
 class Solve:
     """How a fixed point is to be found, when to stop, and how to differentiate through it.
 
-    `exits` names iterations (from 1) whose iterates are decoded as well: the early exits of the network.
+    `exits` names iterations (from 1) whose iterates are decoded as well: the early exits of the network. Those that the
+    solve does not reach are left out; those of iterations without gradient carry none into the fixed point layer.
     """
 
     stopping: Stopping = FixedIterations(1)

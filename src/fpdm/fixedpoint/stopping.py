@@ -59,8 +59,8 @@ class Tolerance:
     def __post_init__(self) -> None:
         if not self.relative > 0:
             raise ValueError(f"relative tolerance is {self.relative}; it must be above 0, e.g. 1e-3")
-        if self.max_iterations < 1:
-            raise ValueError(f"max_iterations is {self.max_iterations}; it must be at least 1")
+        if not isinstance(self.max_iterations, int) or self.max_iterations < 1:
+            raise ValueError(f"max_iterations is {self.max_iterations}; it must be an integer of at least 1")
 
     @property
     def reads_residual(self) -> bool:

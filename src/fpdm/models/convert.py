@@ -55,7 +55,9 @@ def load_paper_file(path: str | Path) -> FixedPointDiT | DiT:
 
 def iterations_per_call(config: dict[str, Any]) -> int | None:
     """The iterations that a configuration in the paper's names asks for, None for an explicit DiT."""
-    return config["fixed_point_with_grad_min_iters"] if config.get("fixed_point") else None
+    if not config.get("fixed_point"):
+        return None
+    return config.get("fixed_point_no_grad_min_iters", 0) + config["fixed_point_with_grad_min_iters"]
 
 
 def _network(config: dict[str, Any]) -> FixedPointDiT | DiT:
@@ -126,6 +128,7 @@ def _load(model: Denoiser, weights: dict[str, Tensor], path: str | Path) -> None
 def _check_positions(weights: dict[str, Tensor], ours: Tensor) -> None:
     """Positions are fixed, so ours are computed; a file whose own differ was made for another network."""
     theirs = weights.get("pos_embed")
-    if theirs is None or theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-5):
+    atol = 1e-5 if theirs is None else max(1e-5, torch.finfo(theirs.dtype).eps)
+    if theirs is None or theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, atol=atol):
         found = "missing" if theirs is None else f"{tuple(theirs.shape)}"
         raise ValueError(f"pos_embed is {found}; expected the sine-cosine table {tuple(ours.shape)}")

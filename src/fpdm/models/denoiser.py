@@ -3,6 +3,7 @@
 B batch, C channels, H = W = sample_size, N tokens, D width
 """
 
+import math
 import os
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -104,9 +105,14 @@ class Denoiser(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; this network takes (batch, {', '.join(map(str, expected))})"
             )
-        t = torch.as_tensor(t, device=x.device).expand(len(x))
-        if y is None:
-            y = torch.full((len(x),), self.null_class, device=x.device)
+        t = torch.as_tensor(t, device=x.device)
+        y = torch.full((len(x),), self.null_class, device=x.device) if y is None else y
+        if t.shape not in ((), (len(x),)) or y.shape != (len(x),):
+            raise ValueError(
+                f"t has shape {tuple(t.shape)} and y {tuple(y.shape)}; a batch of {len(x)} takes ({len(x)},) of both, "
+                "or one number for t"
+            )
+        t = t.expand(len(x))
         return self.patch_embed(x.to(self.patch_embed.proj.weight.dtype)), self.time_embed(t), self.label_embed(y)
 
     def _unembed(self, tokens: Tensor, c: Tensor) -> Tensor:
@@ -152,5 +158,9 @@ def check_sizes(sample: int, patch: int, channels: int, width: int, heads: int, 
     if sample % patch:
         fitting = [p for p in range(1, sample + 1) if sample % p == 0]
         raise ValueError(f"patch size {patch} does not divide the image size {sample}; sizes that do: {fitting}")
-    if width % 4 or width % heads:
-        raise ValueError(f"hidden_size is {width}; it must be a multiple of 4 and of num_heads ({heads})")
+    step = math.lcm(4, heads)
+    if width % step:
+        raise ValueError(
+            f"hidden_size is {width}; it must be a multiple of 4 and of num_heads ({heads}), "
+            f"e.g. {-(-width // step) * step}"
+        )

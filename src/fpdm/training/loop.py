@@ -49,6 +49,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
         device = self.accelerator.device
+        self.parts.loss.to(device)
         self.net: Denoiser = self.parts.model.to(device).train()
         self.ema = Ema(self.net, config.optimizer.ema)
         optimizer = torch.optim.AdamW(

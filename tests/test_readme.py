@@ -1,0 +1,34 @@
+"""The README's Python runs as it stands, and its commands exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fpdm.cli.main import make_parser
+from fpdm.recipes import recipe
+from fpdm.training.loop import Trainer
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_parts():
+    (code,) = [block for block in blocks("python") if "from_preset" in block]
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_sampling(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Trainer(recipe("digits").with_fields(steps=1, log_every=1), "runs/digits").run()
+    (code,) = [block for block in blocks("python") if "from_pretrained" in block]
+    exec(compile(code, "README.md", "exec"), {})
+    assert Path("three.png").is_file()
+
+
+@pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if "fpdm " in line])
+def test_commands_parse(line):
+    make_parser().parse_args(line.split("#")[0].split()[1:])
