@@ -27,7 +27,9 @@ def test_tiny_images_are_enlarged_by_a_whole_number(side, drawn):
 def test_images_stand_in_reading_order_on_white():
     values = [10, 20, 30, 40, 50]
     picture = np.asarray(grid([flat(value, 4) for value in values], columns=3, least=4, gap=1))
-    cells = [picture[1 + 5 * row : 5 + 5 * row, 1 + 5 * column : 5 + 5 * column] for row in range(2) for column in range(3)]
+    cells = [
+        picture[1 + 5 * row : 5 + 5 * row, 1 + 5 * column : 5 + 5 * column] for row in range(2) for column in range(3)
+    ]
     assert [set(cell.flat) for cell in cells] == [{10}, {20}, {30}, {40}, {50}, {255}]
     assert (picture[::5] == 255).all()
     assert (picture[:, ::5] == 255).all()

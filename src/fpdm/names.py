@@ -13,7 +13,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     "unknown recipe 'digitz'. Did you mean 'digits'? Known: digits, images"
     """
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    begun = [option for option in known if name and option.startswith(name)]
+    near = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     listed = f" Known: {', '.join(known)}" if len(known) <= MOST_LISTED or not near else ""
     return f"unknown {kind} {name!r}.{hint}{listed}"

@@ -1,20 +1,29 @@
 """FixedPointDiTPipeline: a trained model as a diffusers pipeline."""
 
-from collections.abc import Callable, Sequence
+import math
+import operator
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
+from huggingface_hub import snapshot_download
 from torch import Tensor
+
+from fpdm.fixedpoint import Status
 
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
 from fpdm.models.dit import DiT
 from fpdm.models.fixed_point_dit import FixedPointDiT
 from fpdm.names import unknown
 from fpdm.sampling import Plan, Report, Stepper, cost_of, image_generators, initial_noise, make_plan, sample
+
+logger = logging.get_logger(__name__)
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -46,16 +55,42 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         transformer: FixedPointDiT | DiT,
         scheduler: Any,
         vae: AutoencoderKL | None = None,
-        class_names: Sequence[str] | None = None,
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        self.register_to_config(class_names=None if class_names is None else list(class_names))
+        names = list(class_names.values() if isinstance(class_names, Mapping) else class_names or [])
+        if names and len(names) != transformer.config.num_classes:
+            raise ValueError(f"there are {len(names)} class_names for {transformer.config.num_classes} classes")
+        # As a mapping: diffusers takes lists in a folder's index for components.
+        self.register_to_config(class_names=dict(enumerate(names)) or None)
         self.image_processor = VaeImageProcessor(do_resize=False)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
+        """Open a pipeline folder, or a name on the hub. Options are diffusers'; nothing is ever unpickled.
+
+        A folder whose files are missing or damaged raises OSError or ValueError.
+        """
+        path = pretrained_model_name_or_path
+        if not Path(path).is_dir():  # diffusers downloads only what it has classes for, so the whole is fetched here
+            options = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+            path = snapshot_download(
+                str(path),
+                allow_patterns=["*.json", "*.safetensors"],
+                **{name: kwargs.pop(name) for name in options if name in kwargs},
+            )
+        return super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the classes, in the order of their numbers; none if they have no names."""
+        return list((self.config.class_names or {}).values())
 
     def check_inputs(
         self,
         plan: Plan,
+        labels: Tensor | None,
         scheduler: str | None = None,
         guidance_scale: float = 1.0,
         output_type: str = "pil",
@@ -67,10 +102,11 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             raise ValueError(unknown("output_type", output_type, OUTPUT_TYPES))
         if extra := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callbacks can be handed {self._callback_tensor_inputs}, not {sorted(extra)}")
-        if guidance_scale != 1.0 and config.num_classes == 0:
-            raise ValueError(
-                "this model is unconditional: it has no classes to guide towards. Leave guidance_scale at 1"
-            )
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite, 1 for none")
+        if guidance_scale != 1.0 and labels is None:
+            why = "this model is unconditional" if config.num_classes == 0 else "no class_labels are given"
+            raise ValueError(f"{why}: there is nothing to guide towards. Leave guidance_scale at 1")
         Stepper(self.scheduler, scheduler, plan.num_steps, config.learned_variance)
 
     def plan(self, **choices: Any) -> Plan:
@@ -86,19 +122,14 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         if classes is None:
             return None
         listed = [classes] if isinstance(classes, int | str) else list(classes)
-        count, names = self.transformer.config.num_classes, self.config.class_names or []
+        count, names = self.transformer.config.num_classes, self.class_names
         if count == 0:
             raise ValueError("this model is unconditional: it has no classes. Leave class_labels out")
         if num_images != 1 and num_images != len(listed):
             raise ValueError(
                 f"num_images is {num_images} and there are {len(listed)} class labels: give one of the two"
             )
-        for label in listed:
-            if isinstance(label, str) and label not in names:
-                raise ValueError(unknown("class", label, names or [str(i) for i in range(count)]))
-            if not isinstance(label, str) and not 0 <= label < count:
-                raise ValueError(f"class {label} is out of range: this model has classes 0 to {count - 1}")
-        return torch.tensor([names.index(label) if isinstance(label, str) else int(label) for label in listed])
+        return torch.tensor([_class_number(label, count, names) for label in listed])
 
     @torch.no_grad()
     def __call__(
@@ -143,8 +174,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         Raises ValueError for what cannot be done, before anything runs.
         """
         plan = self.plan(budget=budget, num_steps=num_inference_steps, iterations=iterations, allocation=allocation)
-        self.check_inputs(plan, scheduler, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
         labels = self.labels(class_labels, num_images)
+        self.check_inputs(plan, labels, scheduler, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
         count = num_images if labels is None else len(labels)
         generators = _generators(generator, seed, image_indices, count)
         noise = self._noise(latents, generators)
@@ -170,7 +201,9 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                 guidance_scale=guidance_scale,
                 on_step=on_step,
             )
-        images = self._decode(x, output_type)
+        if report.diverged:
+            logger.warning(f"{report.diverged} of {count} images diverged: {Status.DIVERGED.message}")
+        images = self._decode(x.nan_to_num(0, 0, 0) if report.diverged else x, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, report  # type: ignore[return-value]
@@ -192,6 +225,22 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         return self.image_processor.postprocess(x, output_type=output_type)
 
 
+def _class_number(label: Any, count: int, names: list[str]) -> int:
+    if isinstance(label, str):
+        if not names:
+            raise ValueError(f"the classes of this model have no names, so not {label!r}: give a number below {count}")
+        if label not in names:
+            raise ValueError(unknown("class", label, names))
+        return names.index(label)
+    try:
+        number = operator.index(label)
+    except TypeError:
+        raise ValueError(f"class {label!r} is neither a number nor a name") from None
+    if not 0 <= number < count:
+        raise ValueError(f"class {label} is out of range: this model has classes 0 to {count - 1}")
+    return number
+
+
 def _generators(
     given: torch.Generator | Sequence[torch.Generator] | None,
     seed: int | None,
@@ -203,6 +252,8 @@ def _generators(
         raise ValueError(f"there are {count} images to draw; it must be at least 1")
     if given is not None and seed is not None:
         raise ValueError("give a generator or a seed, not both")
+    if given is not None and indices is not None:
+        raise ValueError("image_indices go with a seed: leave the generator out")
     if given is not None and not isinstance(given, torch.Generator):
         if len(given) != count:
             raise ValueError(f"{len(given)} generators for {count} images: give one, or one per image")

@@ -101,7 +101,7 @@ def test_refused(arguments, words, capsys, tmp_path, monkeypatch):
         (["--iterations", "2,3", "--steps", "3"], ["2 iteration counts for 3"]),
         (["--allocation", "rizing", "--budget", "40", "--steps", "4"], ["rizing", "'rising'"]),
         (["--scheduler", "dpm"], ["dpm", "dpm++"]),
-        (["--guide", "2"], ["--guide", "'--guidance-scale'"]),
+        (["--guid", "2"], ["--guid", "'--guidance-scale'"]),
         (["--device", "cuda"], ["cuda", "cpu"]),
         (["--dtype", "int8"], ["int8", "float32"]),
         (["--num-images", "0"], ["at least 1"]),

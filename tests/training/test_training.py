@@ -68,7 +68,7 @@ def test_a_short_run_learns_and_leaves_a_model_that_opens(tmp_path):
 
     pipe = FixedPointDiTPipeline.from_pretrained(tmp_path / "run/pipeline")
     pipe.set_progress_bar_config(disable=True)
-    assert pipe.config.class_names == [str(digit) for digit in range(10)]
+    assert pipe.class_names == [str(digit) for digit in range(10)]
     averaged = dict(trainer.ema.model.named_parameters())
     for name, weight in pipe.transformer.named_parameters():
         assert torch.equal(weight, averaged[name])

@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
         "guidance_scale": options.guidance_scale,
         "seed": options.seed,
     }
-    classes = parse_classes(options.classes, pipe.transformer.config.num_classes, pipe.config.class_names or [])
+    classes = parse_classes(options.classes, pipe.transformer.config.num_classes, pipe.class_names)
     report = draw_missing(pipe, out, options.num_images, classes, options.batch_size, choices)
     print(f"{options.num_images} images in {out}; {report.spent} block passes each, {report.seconds:.1f} s")
     return 0

@@ -29,8 +29,8 @@ def load_pipeline(folder: str, device: str, dtype: str) -> FixedPointDiTPipeline
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     try:
         pipe = FixedPointDiTPipeline.from_pretrained(folder)
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} are damaged ({error}): copy the model again") from error
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the model in {folder} cannot be opened, copy it again: {error}") from error
     return pipe.to(device, DTYPES[dtype])
 
 
@@ -47,14 +47,13 @@ def draw_missing(
     Raises ValueError, before anything is drawn, if `out` holds images of another request.
     """
     labels = None if classes is None else [classes[i % len(classes)] for i in range(count)]
-    pipe.labels(labels, count if labels is None else 1)
     plan = pipe.plan(
         budget=choices["budget"],
         num_steps=choices["num_inference_steps"],
         iterations=choices["iterations"],
         allocation=choices["allocation"],
     )
-    pipe.check_inputs(plan, choices["scheduler"], choices["guidance_scale"])
+    pipe.check_inputs(plan, pipe.labels(labels, 1), choices["scheduler"], choices["guidance_scale"])
     request = {"model": digest(pipe.transformer), "classes": classes, **choices}
     _claim(out, request)
     print(f"{plan} per image")

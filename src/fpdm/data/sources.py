@@ -24,7 +24,7 @@ class Source(Protocol):
 
     class_names  one per class; none for images without classes
     channels     1 (grey) or 3 (RGB) of every image that `load` returns
-    fingerprint  changes when the images or labels change, not when they are moved
+    fingerprint  changes with the data, not when it is moved: of arrays the contents, of folders the names and sizes
     """
 
     class_names: list[str]
@@ -134,8 +134,8 @@ class ImageFolder:
         self.names, self.class_names = found, folders
         label_of = {name: label for label, name in enumerate(folders)}
         self.labels = [label_of.get(name.split("/")[0], 0) for name in found]
-        sizes = (f"{name}\0{(self.root / name).stat().st_size}\n" for name in found)
-        self.fingerprint = hashlib.sha256("".join(sizes).encode()).hexdigest()
+        sizes = (os.fsencode(name) + b"\0%d\n" % (self.root / name).stat().st_size for name in found)
+        self.fingerprint = hashlib.sha256(b"".join(sizes)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -144,16 +144,29 @@ class ImageFolder:
         path = self.root / self.names[index]
         try:
             with Image.open(path) as file:
-                image = ImageOps.exif_transpose(file).convert("L" if self.channels == 1 else "RGB")
+                image = eight_bits(ImageOps.exif_transpose(file)).convert("L" if self.channels == 1 else "RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise BrokenImage(f"{self.names[index]}: {error}") from error
         return image, self.labels[index]
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image of at most 8 bits per channel. Pillow would clip 16 bits, not scale them: nearly all is white."""
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no known range: save them with 8 or 16 bits")
+    return image
+
+
 def _image_files(root: Path) -> list[str]:
-    """Paths below `root`, relative, with forward slashes; hidden files and folders are left out."""
-    names = []
+    """Paths below `root`, relative, with forward slashes; hidden ones are left out, links are followed once."""
+    names, seen = [], set()
     for folder, folders, entries in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in entries:
             if name.lower().endswith(EXTENSIONS) and not name.startswith("."):

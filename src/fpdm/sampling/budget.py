@@ -7,9 +7,11 @@
 Guidance's second evaluation of the network is not part of the budget; reports name it beside.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from fpdm.names import unknown
 
@@ -72,34 +74,27 @@ def make_plan(
 
     budget      block passes per image
     num_steps   timesteps T; with a budget and more timesteps, fewer iterations each (smoothing)
-    iterations  at every timestep, or a list with one entry per timestep
+    iterations  at every timestep, or a list with one entry per timestep; with a budget alone it settles how many
+                timesteps there are, and what is left over goes to them as further iterations
     allocation  how iterations are shared out over the timesteps: "constant", "rising" or "falling" (weights linear
                 between 0.5 and 1.5, in sampling order, noise to image), or a weight per timestep
 
     Raises ValueError where the choices contradict each other or the budget is too small, naming the smallest possible.
     """
-    for name, value in (("budget", budget), ("num_steps", num_steps)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+    budget, num_steps = _whole("budget", budget), _whole("num_steps", num_steps)
     if cost.per_iteration == 0:
+        _refuse_allocation(allocation, "an explicit DiT")
         return _explicit_plan(cost, budget, num_steps, iterations, max_steps)
-    if iterations is not None and not isinstance(iterations, int):
+    if isinstance(iterations, Sequence):
+        _refuse_allocation(allocation, "a list of iterations")
         return _listed_plan(cost, budget, num_steps, list(iterations), max_steps)
-    if iterations is not None and iterations < 1:
-        raise ValueError(f"iterations is {iterations}; every timestep needs at least 1")
 
-    if budget is None and num_steps is None:
-        budget = DEFAULT_BUDGET
+    iterations = _whole("iterations", iterations)
     if num_steps is None:
-        assert budget is not None
-        num_steps = min(max_steps, max(1, budget // cost.passes(iterations or DEFAULT_ITERATIONS)))
-    elif budget is None:
-        return _listed_plan(cost, None, None, [iterations or DEFAULT_ITERATIONS] * num_steps, max_steps)
-    elif iterations is not None and num_steps * cost.passes(iterations) != budget:
-        raise ValueError(
-            f"{num_steps} timesteps of {iterations} iterations cost {num_steps * cost.passes(iterations)} block "
-            f"passes, not {budget}: leave one of budget, num_steps and iterations out"
-        )
+        budget = asked = DEFAULT_BUDGET if budget is None else budget
+        num_steps = _steps_for(cost, budget, iterations, max_steps)
+    else:
+        budget, asked = _budget_for(cost, budget, num_steps, iterations), budget
     _check_steps(num_steps, max_steps)
     smallest = num_steps * cost.passes(1)
     if budget < smallest:
@@ -110,7 +105,27 @@ def make_plan(
         )
     total = (budget - num_steps * cost.fixed) // cost.per_iteration
     shares = apportion(total, _weights(allocation, num_steps))
-    return Plan(shares, tuple(cost.passes(n) for n in shares), budget)
+    return Plan(shares, tuple(cost.passes(n) for n in shares), asked)
+
+
+def _steps_for(cost: Cost, budget: int, iterations: int | None, max_steps: int) -> int:
+    """As many timesteps of `iterations` as fit into the budget."""
+    least = cost.passes(iterations or 1)
+    if budget < least:
+        count = f"{iterations} iterations" if iterations else "1 iteration"
+        raise ValueError(f"a budget of {budget} block passes is too small: one timestep with {count} needs {least}")
+    return min(max_steps, max(1, budget // cost.passes(iterations or DEFAULT_ITERATIONS)))
+
+
+def _budget_for(cost: Cost, budget: int | None, num_steps: int, iterations: int | None) -> int:
+    """The budget, or what the timesteps and iterations cost where none is given; the two must not contradict."""
+    constant = num_steps * cost.passes(iterations or DEFAULT_ITERATIONS)
+    if budget is not None and iterations is not None and constant != budget:
+        raise ValueError(
+            f"{num_steps} timesteps of {iterations} iterations cost {constant} block passes, not {budget}: "
+            "leave one of budget, num_steps and iterations out"
+        )
+    return constant if budget is None else budget
 
 
 def apportion(total: int, weights: Sequence[Fraction]) -> tuple[int, ...]:
@@ -131,10 +146,32 @@ def apportion(total: int, weights: Sequence[Fraction]) -> tuple[int, ...]:
         free -= small
     quotas = {i: left * weights[i] / whole for i in free}
     shares = [int(quotas[i]) if i in free else 1 for i in range(len(weights))]
-    by_remainder = sorted(free, key=lambda i: (int(quotas[i]) - quotas[i], i))
+    # Among equal remainders the larger weight comes first, so that falling weights mirror rising ones.
+    by_remainder = sorted(free, key=lambda i: (int(quotas[i]) - quotas[i], -weights[i], i))
     for i in by_remainder[: total - sum(shares)]:
         shares[i] += 1
     return tuple(shares)
+
+
+def _whole(name: str, value: Any) -> int | None:
+    """`value` as a Python integer of at least 1 (NumPy's are taken too), or None."""
+    if value is None:
+        return None
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = 0
+    if whole < 1:
+        raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
+    return whole
+
+
+def _refuse_allocation(allocation: str | Sequence[float], what: str) -> None:
+    """A plan without anything to share out: the allocation must at least be a known one, and the default."""
+    if isinstance(allocation, str) and allocation not in ALLOCATIONS:
+        raise ValueError(unknown("allocation", allocation, ALLOCATIONS))
+    if allocation != "constant":
+        raise ValueError(f"{what} leaves nothing to share out over the timesteps: leave the allocation out")
 
 
 def _weights(allocation: str | Sequence[float], count: int) -> list[Fraction]:
@@ -147,12 +184,13 @@ def _weights(allocation: str | Sequence[float], count: int) -> list[Fraction]:
         raise ValueError(f"{len(allocation)} weights for {count} timesteps: give one per timestep")
     if not all(0 < weight < float("inf") for weight in allocation):
         raise ValueError(f"weights must be positive and finite, not {list(allocation)}")
-    return [Fraction(weight) for weight in allocation]
+    return [Fraction(float(weight)) for weight in allocation]
 
 
 def _listed_plan(cost: Cost, budget: int | None, num_steps: int | None, iterations: list[int], max_steps: int) -> Plan:
-    if not iterations or not all(isinstance(n, int) and n >= 1 for n in iterations):
-        raise ValueError(f"iterations must be integers of at least 1, one per timestep, not {iterations}")
+    if not iterations:
+        raise ValueError("iterations is an empty list: give one number per timestep")
+    iterations = [_whole("iterations", n) or 0 for n in iterations]
     if num_steps not in (None, len(iterations)):
         raise ValueError(f"{len(iterations)} iteration counts for {num_steps} timesteps: give one per timestep")
     _check_steps(len(iterations), max_steps)
@@ -177,6 +215,10 @@ def _explicit_plan(
     smallest = max(1, num_steps) * cost.fixed
     if budget is not None and budget < smallest:
         raise ValueError(f"a budget of {budget} block passes is too small: the smallest possible is {smallest}")
+    if budget is not None and num_steps < min(max_steps, budget // cost.fixed):
+        raise ValueError(
+            f"{num_steps} timesteps of an explicit DiT cost {smallest} block passes, not {budget}: leave one out"
+        )
     _check_steps(num_steps, max_steps)
     return Plan((None,) * num_steps, (cost.fixed,) * num_steps, budget)
 

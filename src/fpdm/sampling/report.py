@@ -17,6 +17,7 @@ class Report:
     timesteps         of the noise schedule
     iterations        per timestep; None at every timestep of a network without iterations
     residuals         per timestep and iteration, |f(z) - z| / |f(z)|, mean over images; empty without iterations
+    diverged          images in which a value that is not finite appeared: they show nothing
     seconds           in all, from noise to images (without decoding and writing)
     """
 
@@ -28,6 +29,7 @@ class Report:
     timesteps: list[int]
     iterations: list[int | None]
     residuals: list[list[float]]
+    diverged: int
     seconds: float
 
     @property
@@ -43,7 +45,12 @@ class Report:
             [a + share * (b - a) for a, b in zip(mine, theirs, strict=True)]
             for mine, theirs in zip(self.residuals, other.residuals, strict=True)
         ]
-        changed = {"images": images, "residuals": residuals, "seconds": self.seconds + other.seconds}
+        changed = {
+            "images": images,
+            "residuals": residuals,
+            "diverged": self.diverged + other.diverged,
+            "seconds": self.seconds + other.seconds,
+        }
         return Report(**{**asdict(self), **changed})
 
     def to_dict(self) -> dict[str, Any]:

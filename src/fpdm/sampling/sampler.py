@@ -84,7 +84,7 @@ def sample(
 
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-    return x, _report(model, plan, stepper.timesteps, solutions, len(x), guided, time.perf_counter() - started)
+    return x, _report(model, plan, stepper.timesteps, solutions, x, guided, time.perf_counter() - started)
 
 
 def _guide(output: Tensor, channels: int, scale: float) -> Tensor:
@@ -95,9 +95,9 @@ def _guide(output: Tensor, channels: int, scale: float) -> Tensor:
 
 
 def _report(
-    model: Denoiser, plan: Plan, timesteps: list[int], solutions: list[Any], images: int, guided: bool, seconds: float
+    model: Denoiser, plan: Plan, timesteps: list[int], solutions: list[Any], x: Tensor, guided: bool, seconds: float
 ) -> Report:
-    cost = cost_of(model)
+    cost, images = cost_of(model), len(x)
     if plan.iterations[0] is None:
         spent, residuals = cost.fixed * len(solutions), []
     else:
@@ -105,7 +105,7 @@ def _report(
         per_image = (cost.fixed + cost.per_iteration * iterations).sum(0)
         assert (per_image == plan.planned).all(), f"planned {plan.planned} block passes, spent {per_image.tolist()}"
         spent = int(per_image[0])
-        residuals = [solution.residuals.mean(1).tolist() for solution in solutions]
+        residuals = [_mean_of_finite(solution.residuals) for solution in solutions]
     assert spent == plan.planned, f"planned {plan.planned} block passes, spent {spent}"
     return Report(
         images=images,
@@ -116,5 +116,13 @@ def _report(
         timesteps=timesteps,
         iterations=list(plan.iterations),
         residuals=residuals,
+        diverged=int((~x.isfinite().flatten(1).all(1)).sum()),
         seconds=seconds,
     )
+
+
+def _mean_of_finite(residuals: Tensor) -> list[float]:
+    """The mean residual of each iteration, (iterations, B) -> (iterations,), over the images that had not diverged: one
+    must not hide the others, and JSON knows no NaN. 0 where all had; the report counts those."""
+    finite = residuals.isfinite()
+    return (residuals.masked_fill(~finite, 0).sum(1) / finite.sum(1).clamp_min(1)).tolist()

@@ -11,13 +11,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from fpdm.diffusion import predicted_x0
+from fpdm.diffusion import PREDICTION_TYPES, predicted_x0
 from fpdm.names import unknown
 
 SCHEDULERS = ("ddpm", "ddim", "dpm++")
-NOISE_SCHEDULE = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr",
-)  # fmt: skip
 UNSUPPORTED = ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
                "use_flow_sigmas")  # fmt: skip
 
@@ -25,7 +22,8 @@ UNSUPPORTED = ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "u
 class Stepper:
     """One sampling's scheduler: `timesteps`, and `step` from x_t to the next.
 
-    template          a diffusers scheduler whose configuration says noise schedule, prediction type, clipping
+    template          a diffusers scheduler, read for its noise schedule, prediction type and clipping, and order
+                      and kind of a DPM-Solver++; timesteps are always "trailing" and end at a clean image
     name              "ddpm", "ddim" or "dpm++" (second-order multistep); None takes the template's own kind
     num_steps         timesteps, spaced evenly from the noisiest ("trailing")
     learned_variance  whether the network's output has a second half; only DDPM has a use for it
@@ -34,11 +32,11 @@ class Stepper:
     """
 
     def __init__(self, template: Any, name: str | None, num_steps: int, learned_variance: bool):
+        self.scheduler = _build(template, name, learned_variance)
         self.kind = template.config.prediction_type
-        self.clip = template.config.clip_sample_range if template.config.get("clip_sample", False) else None
+        self.clip = template.config.get("clip_sample_range", 1.0) if template.config.get("clip_sample", False) else None
         self.learned_variance = learned_variance
         self.timesteps = trailing_timesteps(template.config.num_train_timesteps, num_steps)
-        self.scheduler = _build(template, name, learned_variance)
         self.scheduler.set_timesteps(timesteps=self.timesteps)
         # The unclamped table: diffusers' solvers put 2**-24 where a zero terminal SNR has 0.
         self.alpha_bar = (1 - self.scheduler.betas.double()).cumprod(0).float()
@@ -73,10 +71,24 @@ def _build(template: Any, name: str | None, learned_variance: bool) -> Any:
     config = template.config
     if bad := [option for option in UNSUPPORTED if config.get(option, False)]:
         raise ValueError(f"the scheduler sets {', '.join(bad)}, which is not supported here: leave it off")
-    settings = {key: config[key] for key in NOISE_SCHEDULE if key in config}
-    settings |= {"prediction_type": "sample", "timestep_spacing": "trailing"}
     if name is not None and name not in SCHEDULERS:
         raise ValueError(unknown("scheduler", name, SCHEDULERS))
+    if not isinstance(template, DDPMScheduler | DDIMScheduler | DPMSolverMultistepScheduler):
+        raise ValueError(
+            f"{type(template).__name__} is not supported; those that are: DDPMScheduler, DDIMScheduler, "
+            f"DPMSolverMultistepScheduler, or by name {', '.join(SCHEDULERS)}"
+        )
+    if config.prediction_type not in PREDICTION_TYPES:
+        raise ValueError(unknown("prediction type", config.prediction_type, PREDICTION_TYPES))
+    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+        raise ValueError('zero terminal SNR goes with prediction_type "v_prediction" or "sample", not with "epsilon"')
+    settings = {
+        "num_train_timesteps": config.num_train_timesteps,
+        "trained_betas": template.betas.tolist(),  # whatever they came from: not every scheduler knows every schedule
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,  # once more does no harm, and DPM-Solver++ must know
+        "prediction_type": "sample",
+        "timestep_spacing": "trailing",
+    }
     if name == "ddpm" or (name is None and isinstance(template, DDPMScheduler)):
         variance = "learned_range" if learned_variance else "fixed_small"
         return DDPMScheduler(variance_type=variance, clip_sample=False, **settings)
@@ -84,10 +96,8 @@ def _build(template: Any, name: str | None, learned_variance: bool) -> Any:
         # The first-order DPM-Solver is DDIM (Lu et al. 2022, sec. 4.1). diffusers' own DDIM steps to t - 1000 // T,
         # which is not the next timestep where T does not divide 1000.
         return DPMSolverMultistepScheduler(solver_order=1, **settings)
-    if name == "dpm++" or isinstance(template, DPMSolverMultistepScheduler):
-        keep = ("solver_order", "algorithm_type", "solver_type") if name is None else ()
-        return DPMSolverMultistepScheduler(**settings, **{key: config[key] for key in keep})
-    raise ValueError(
-        f"{type(template).__name__} is not supported; those that are: DDPMScheduler, DDIMScheduler, "
-        f"DPMSolverMultistepScheduler, or by name {', '.join(SCHEDULERS)}"
-    )
+    if name is None:
+        if "++" not in config.algorithm_type:
+            raise ValueError(f'algorithm_type {config.algorithm_type!r} is not supported: take "dpmsolver++"')
+        settings |= {key: config[key] for key in ("solver_order", "algorithm_type", "solver_type")}
+    return DPMSolverMultistepScheduler(**settings)

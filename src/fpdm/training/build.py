@@ -110,6 +110,6 @@ def load_pretrained(model: Denoiser, folder: str, source: Source) -> None:
                      if old.config.get(key) != model.config.get(key)]:  # fmt: skip
         raise ValueError(f"the network in {folder} has {'; '.join(different)}: set these to what it has")
     weights = old.state_dict()
-    if list(pipeline.config.class_names or []) != (source.class_names if model.config.num_classes else []):
+    if pipeline.class_names != (source.class_names if model.config.num_classes else []):
         weights["label_embed.weight"] = model.label_embed.weight.detach()
     model.load_state_dict(weights)

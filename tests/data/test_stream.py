@@ -1,0 +1,135 @@
+"""The stream: the image of a step and slot is a function of the seed, whoever asks for it, in whatever order."""
+
+import numpy as np
+import pytest
+import torch
+
+from fpdm.data import ArraySource, BrokenImage, Slots, Stream, loader
+from fpdm.data.stream import MOST_BROKEN
+
+COUNT, BATCH = 10, 4
+
+
+def source(count=COUNT):
+    """Images of random pixels whose label is their index."""
+    images = np.random.default_rng(0).integers(0, 255, (count, 9, 7), np.uint8)
+    return ArraySource(images, np.arange(count), [str(i) for i in range(count)])
+
+
+def make_stream(data=None, *, seed=0, batch_size=BATCH):
+    return Stream(data or source(), batch_size=batch_size, image_size=6, crop="random", flip=True, seed=seed)
+
+
+def labels(stream, positions):
+    return [stream[divmod(p, stream.batch_size)][3] for p in positions]
+
+
+class Partly:
+    """A source some of whose images cannot be read."""
+
+    class_names, channels, fingerprint = [], 1, "partly"
+
+    def __init__(self, broken, count=COUNT):
+        self.whole, self.broken = source(count), broken
+
+    def __len__(self):
+        return len(self.whole)
+
+    def load(self, index):
+        if index in self.broken:
+            raise BrokenImage(f"{index}.png: truncated")
+        return self.whole.load(index)
+
+
+def test_every_epoch_is_another_permutation():
+    stream = make_stream()
+    epochs = [labels(stream, range(e * COUNT, (e + 1) * COUNT)) for e in range(6)]  # batches reach over the ends
+    assert all(sorted(epoch) == list(range(COUNT)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert labels(make_stream(seed=1), range(COUNT)) != epochs[0]
+    assert labels(make_stream(), range(COUNT)) == epochs[0]
+
+
+def test_an_item_is_a_function_of_its_key():
+    keys = [(step, slot) for step in range(12) for slot in range(BATCH)]
+    forwards = {key: item for stream in [make_stream()] for key in keys for item in [stream[key]]}
+    for key in reversed(keys):
+        step, slot, image, label, broken = make_stream()[key]
+        assert (step, slot) == key
+        assert torch.equal(image, forwards[key][2])
+        assert label == forwards[key][3]
+        assert broken == []
+
+
+def test_crop_and_flip_differ_from_epoch_to_epoch():
+    stream = make_stream(source(1))  # one image: what differs is chance alone
+    assert not torch.equal(stream[0, 0][2], stream[0, 1][2])
+    assert not torch.equal(stream[0, 0][2], stream[1, 0][2])
+    assert not torch.equal(stream[0, 0][2], make_stream(source(1), seed=1)[0, 0][2])
+
+
+def gather(parts, ranks, workers=0, first=0, last=3, batch_size=12):
+    """(step, slot) -> (image, label) of all processes and micro-batches together."""
+    found = {}
+    for rank in range(ranks):
+        slots = Slots(first, last, batch_size, parts, rank, ranks)
+        batches = list(loader(make_stream(batch_size=batch_size), slots, workers, pin_memory=False))
+        assert len(batches) == len(slots) == (last - first) * parts
+        for batch in batches:
+            assert len(batch.slots) == batch_size // (parts * ranks)
+            for slot, image, label in zip(batch.slots, batch.images, batch.labels, strict=True):
+                assert (batch.step, slot) not in found
+                found[batch.step, slot] = (image, int(label))
+    return found
+
+
+@pytest.mark.parametrize(("parts", "ranks", "workers"), [(1, 2, 0), (3, 1, 0), (2, 3, 0), (12, 1, 0), (2, 1, 2)])
+def test_processes_micro_batches_and_workers_share_out_the_same_batch(parts, ranks, workers):
+    whole, shared = gather(1, 1), gather(parts, ranks, workers)
+    assert whole.keys() == shared.keys() == {(step, slot) for step in range(3) for slot in range(12)}
+    for key, (image, label) in whole.items():
+        assert torch.equal(image, shared[key][0])
+        assert label == shared[key][1]
+
+
+def test_workers_keep_the_order():
+    batches = [list(loader(make_stream(), Slots(2, 7, BATCH, 2), workers, pin_memory=False)) for workers in (0, 2)]
+    assert [batch.step for batch in batches[0]] == [2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+    for one, other in zip(*batches, strict=True):
+        assert (one.step, one.slots, one.broken) == (other.step, other.slots, other.broken)
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_a_resumed_run_sees_what_an_unbroken_one_does():
+    whole, resumed = gather(1, 1, first=0, last=6), gather(1, 1, first=4, last=6)
+    assert all(torch.equal(image, whole[key][0]) for key, (image, _) in resumed.items())
+
+
+def test_a_batch():
+    batch = next(iter(loader(make_stream(), Slots(0, 1, BATCH), 0, pin_memory=False)))
+    assert (batch.images.shape, batch.images.dtype) == ((BATCH, 1, 6, 6), torch.float32)
+    assert (batch.labels.shape, batch.labels.dtype) == ((BATCH,), torch.int64)
+    assert -1 <= batch.images.min() < 0 < batch.images.max() <= 1
+    assert (batch.step, batch.slots, batch.broken) == (0, [0, 1, 2, 3], [])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_are_passed_over_and_named(workers):
+    slots = Slots(0, 1, COUNT)
+    whole = next(iter(loader(make_stream(batch_size=COUNT), slots, 0, pin_memory=False)))
+    batch = next(iter(loader(make_stream(Partly({3, 4, 9}), batch_size=COUNT), slots, workers, pin_memory=False)))
+    assert batch.labels.tolist() == [{3: 5, 4: 5, 9: 0}.get(label, label) for label in whole.labels.tolist()]
+    assert sorted(batch.broken) == ["3.png: truncated", "4.png: truncated", "4.png: truncated", "9.png: truncated"]
+
+
+@pytest.mark.parametrize(("count", "named"), [(1, 1), (COUNT, COUNT), (MOST_BROKEN + 50, MOST_BROKEN)])
+def test_too_many_broken_files_in_a_row_are_an_error(count, named):
+    with pytest.raises(ValueError, match=f"^{named} images in a row cannot be read, the last .*truncated"):
+        make_stream(Partly(set(range(count)), count))[0, 0]
+
+
+@pytest.mark.parametrize(("batch_size", "parts", "ranks", "multiple"), [(10, 4, 1, 4), (10, 1, 3, 3), (8, 2, 3, 6)])
+def test_a_batch_that_cannot_be_shared_out_is_refused(batch_size, parts, ranks, multiple):
+    with pytest.raises(ValueError, match=f"take a multiple of {multiple}"):
+        Slots(0, 1, batch_size, parts, 0, ranks)

@@ -1,0 +1,226 @@
+"""The sampler: spends what was planned, keeps nothing, treats every image alone, and does what its formulas say."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fpdm.diffusion import make_schedule
+from fpdm.models import DiT, FixedPointDiT
+from fpdm.models.layers import Block
+from fpdm.sampling import SCHEDULERS, Stepper, cost_of, image_generators, initial_noise, make_plan, sample
+
+# v rather than epsilon, which is divided by 0.006 at the first timestep: rounding would be all that is compared.
+TEMPLATE = make_schedule(prediction_type="v_prediction", clip_sample=True)
+SIZES = {"sample_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
+
+
+def randomised(model):
+    """Zero-initialised gates would make every block the identity, and hide what goes on inside."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+def tiny(**settings):
+    return randomised(FixedPointDiT(**{**SIZES, **settings}))
+
+
+MODEL, DIT = tiny(num_core=2), randomised(DiT(**SIZES, depth=3))
+
+
+def run(model=MODEL, *, indices=(0, 1), plan=None, labels=(0, 2), template=TEMPLATE, **choices):
+    """Images and report of a few keyed images, in three timesteps."""
+    plan = plan or make_plan(cost_of(model), iterations=[2, 1, 3])
+    generators = image_generators(5, indices)
+    noise = initial_noise(model, generators)
+    return sample(model, template, plan, noise, None if labels is None else torch.tensor(labels), generators, **choices)
+
+
+def count_blocks(model):
+    calls = []
+    hooks = [m.register_forward_hook(lambda *_: calls.append(1)) for m in model.modules() if isinstance(m, Block)]
+    return calls, lambda: [hook.remove() for hook in hooks]
+
+
+# What is spent
+
+
+sizes = st.fixed_dictionaries({f"num_{part}": st.integers(1, 2) for part in ("pre", "core", "post")})
+how = st.fixed_dictionaries(
+    {"scheduler": st.sampled_from(SCHEDULERS), "reuse": st.booleans(), "guidance_scale": st.sampled_from([1.0, 3.0])}
+)
+
+
+@settings(max_examples=30)
+@given(sizes, st.integers(1, 5), st.integers(0, 20), how)
+def test_spent_is_planned_is_the_number_of_block_calls(sizes, num_steps, spare, how):
+    model = tiny(**sizes)
+    cost = cost_of(model)
+    plan = make_plan(cost, budget=num_steps * cost.passes(1) + spare, num_steps=num_steps, allocation="rising")
+    calls, remove = count_blocks(model)
+    _, report = run(model, plan=plan, indices=[0], labels=[1], **how)
+    remove()
+    assert report.spent == report.planned == plan.planned == len(calls)  # guidance doubles the batch, not the calls
+    assert report.total_passes == len(calls) * (2 if how["guidance_scale"] != 1 else 1)
+    assert report.asked == plan.asked
+    assert report.iterations == list(plan.iterations)
+    assert [len(row) for row in report.residuals] == list(plan.iterations)
+    assert len(report.timesteps) == num_steps
+
+
+def test_an_explicit_network_spends_its_depth_at_each_timestep():
+    calls, remove = count_blocks(DIT)
+    images, report = run(DIT, plan=make_plan(cost_of(DIT), budget=12))
+    remove()
+    assert report.spent == report.planned == len(calls) == 4 * 3
+    assert report.iterations == [None] * 4
+    assert report.residuals == []
+    assert images.shape == (2, 1, 8, 8)
+
+
+# Every image by itself
+
+
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_image_does_not_depend_on_its_batch(scheduler, guidance_scale, reuse):
+    choices = {"scheduler": scheduler, "guidance_scale": guidance_scale, "reuse": reuse}
+    together, _ = run(indices=range(64), labels=[i % 3 for i in range(64)], **choices)
+    for i in (0, 17, 63):
+        alone, _ = run(indices=[i], labels=[i % 3], **choices)
+        torch.testing.assert_close(alone[0], together[i], atol=1e-4, rtol=0)
+    assert not torch.allclose(together[0], together[3], atol=1e-2)  # of the same class
+
+
+# No state
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_two_interleaved_samplings_equal_two_separate_ones(scheduler):
+    first, second = {"scheduler": scheduler}, {"scheduler": scheduler, "indices": [7, 8, 9], "labels": [1, 1, 0]}
+    inner = []
+    outer, _ = run(**first, on_step=lambda *_: inner.append(run(**second)[0]))
+    assert len(inner) == 3
+    assert torch.equal(outer, run(**first)[0])
+    assert all(torch.equal(images, run(**second)[0]) for images in inner)
+
+
+def test_sampling_leaves_nothing_behind():
+    def traces(model):
+        return [{name: id(value) for name, value in vars(module).items()} for module in model.modules()]
+
+    template = copy.deepcopy(TEMPLATE)
+    attributes, config = copy.deepcopy(vars(template)), dict(template.config)
+    weights, before = {name: w.clone() for name, w in MODEL.state_dict().items()}, traces(MODEL)
+    random_state = torch.get_rng_state()
+    for scheduler in SCHEDULERS:
+        run(scheduler=scheduler, guidance_scale=2.0, template=template)
+    assert traces(MODEL) == before
+    assert all(torch.equal(w, weights[name]) for name, w in MODEL.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert dict(template.config) == config
+    assert vars(template).keys() == attributes.keys()
+    for name, value in attributes.items():
+        same = torch.equal(value, vars(template)[name]) if torch.is_tensor(value) else value == vars(template)[name]
+        assert same, name
+
+
+def test_no_graph_is_built():
+    assert not run()[0].requires_grad
+
+
+# What the formulas say
+
+
+def manual(scheduler, reuse, scale):
+    """The same sampling written out, guidance as two separate evaluations."""
+    generators, iterations, labels = image_generators(5, [0, 1]), (2, 1, 3), torch.tensor([0, 2])
+    x = initial_noise(MODEL, generators)
+    stepper = Stepper(TEMPLATE, scheduler, 3, learned_variance=True)
+    starts = {"with": None, "without": None}
+    with torch.no_grad():
+        for index, (t, n) in enumerate(zip(stepper.timesteps, iterations, strict=True)):
+            outputs = {
+                "with": MODEL(x, t, labels, iterations=n, init=starts["with"]),
+                "without": MODEL(x, t, None, iterations=n, init=starts["without"]),
+            }
+            if reuse:
+                starts = {key: output.solution.value for key, output in outputs.items()}
+            conditional, unconditional = outputs["with"].sample, outputs["without"].sample
+            mean = unconditional[:, :1] + scale * (conditional[:, :1] - unconditional[:, :1])
+            x = stepper.step(torch.cat([mean, conditional[:, 1:]], dim=1), index, x, generators)
+    return x
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0, 2.5])
+@pytest.mark.parametrize("reuse", [True, False])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_reuse_and_guidance_are_what_a_loop_by_hand_does(scheduler, reuse, scale):
+    images, _ = run(scheduler=scheduler, reuse=reuse, guidance_scale=scale)
+    torch.testing.assert_close(images, manual(scheduler, reuse, scale), atol=1e-4, rtol=0)
+
+
+def test_what_the_loop_by_hand_compares_is_not_all_the_same():
+    outcomes = [manual(scheduler, reuse, scale) for scheduler, reuse, scale in (
+        ("ddim", True, 1.0), ("ddim", False, 1.0), ("ddpm", True, 1.0), ("ddim", True, 0.0), ("ddim", True, 2.5),
+    )]  # fmt: skip
+    for i, one in enumerate(outcomes):
+        assert not any(torch.allclose(one, other, atol=1e-2) for other in outcomes[:i])
+
+
+@pytest.mark.parametrize(("scale", "rows"), [(1.0, 2), (1.5, 4)])
+def test_scale_one_evaluates_the_network_once(scale, rows):
+    batches = []
+    hook = MODEL.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    run(guidance_scale=scale)
+    hook.remove()
+    assert batches == [rows] * 3
+
+
+def test_without_labels_the_null_class_is_drawn():
+    assert torch.equal(run(labels=None)[0], run(labels=(MODEL.null_class, MODEL.null_class))[0])
+
+
+def test_an_unconditional_model_needs_no_labels():
+    assert run(tiny(num_classes=0), labels=None)[0].isfinite().all()
+
+
+def test_on_step_sees_each_step_and_may_replace_x():
+    seen = []
+
+    def on_step(index, t, x):
+        seen.append((index, t, x.clone()))
+        return torch.zeros_like(x) if index == 1 else None
+
+    images, report = run(on_step=on_step, scheduler="ddim")
+    plain = []
+    run(on_step=lambda index, t, x: plain.append(x.clone()), scheduler="ddim")
+    assert [(index, t) for index, t, _ in seen] == list(enumerate(report.timesteps))
+    assert torch.equal(seen[1][2], plain[1])  # what is replaced is what was handed over
+    assert not torch.allclose(seen[2][2], plain[2], atol=1e-3)
+    assert torch.equal(images, seen[2][2])
+    assert torch.equal(run(on_step=lambda *_: torch.full((2, 1, 8, 8), 9.0))[0], torch.full((2, 1, 8, 8), 9.0))
+
+
+def test_the_residuals_are_the_mean_over_the_images():
+    alone = [run(indices=[i], labels=[label])[1].residuals for i, label in enumerate((0, 2))]
+    for row, *rows in zip(run()[1].residuals, *alone, strict=True):
+        assert row == pytest.approx([(a + b) / 2 for a, b in zip(*rows, strict=True)])
+        assert min(row) > 0
+
+
+def test_keyed_noise_is_standard_normal_and_its_own_for_every_image():
+    noise = initial_noise(MODEL, image_generators(0, range(200)))
+    assert noise.shape == (200, 1, 8, 8)
+    assert noise.dtype == torch.float32
+    assert abs(noise.mean()) < 4 / noise.numel() ** 0.5
+    assert abs(noise.std() - 1) < 4 / (2 * noise.numel()) ** 0.5
+    assert len({tuple(image.flatten().tolist()) for image in noise}) == 200
+    assert torch.equal(initial_noise(MODEL, image_generators(0, [150]))[0], noise[150])
+    assert not any(torch.equal(initial_noise(MODEL, image_generators(1, [150]))[0], image) for image in noise)

@@ -1,0 +1,339 @@
+"""The pipeline as its users meet it: saved and opened elsewhere, asked for images in every way, and asked wrongly."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler
+from PIL import Image
+
+from fpdm import DiT, FixedPointDiT, FixedPointDiTPipeline
+from fpdm.diffusion import make_schedule
+from fpdm.sampling import image_generators, initial_noise
+
+SIZES = {"sample_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
+NAMES = ["cat", "dog", "owl"]
+
+
+def randomised(model):
+    """Fresh networks predict 0, whatever they are asked: two of them could not be told apart."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+    return model.eval()
+
+
+def make_pipeline(network=FixedPointDiT, class_names=NAMES, vae=None, **settings):
+    model = randomised(network(**{**SIZES, **settings}))
+    pipe = FixedPointDiTPipeline(model, make_schedule(clip_sample=vae is None), vae, class_names=class_names)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return make_pipeline()
+
+
+def pixels(pipe, *args, **choices):
+    return pipe(*args, **{"budget": 12, "output_type": "latent", **choices}).images
+
+
+# Saved and opened in a new process
+
+
+READER = """
+import sys
+import numpy as np
+from fpdm import FixedPointDiTPipeline
+for folder in sys.argv[1:]:
+    pipe = FixedPointDiTPipeline.from_pretrained(folder)
+    images = pipe(["owl", "cat"], budget=13, scheduler="ddpm", guidance_scale=2.0, seed=3, output_type="latent").images
+    np.save(folder + "/images.npy", images.numpy())
+    print(type(pipe.transformer).__name__, pipe.class_names)
+"""
+
+
+def test_a_saved_pipeline_draws_the_same_images_in_a_new_process(tmp_path):
+    pipes = {"FixedPointDiT": make_pipeline(num_core=2), "DiT": make_pipeline(DiT, depth=3)}
+    for name, pipe in pipes.items():
+        pipe.save_pretrained(tmp_path / name)
+    # It imports nothing but FixedPointDiTPipeline: the folder has to find the classes of its parts.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        [sys.executable, "-c", READER, *(str(tmp_path / name) for name in pipes)],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{name} {NAMES}" for name in pipes]
+    for name, pipe in pipes.items():
+        images = pixels(pipe, ["owl", "cat"], budget=13, scheduler="ddpm", guidance_scale=2.0, seed=3)
+        assert np.array_equal(np.load(tmp_path / name / "images.npy"), images.numpy())
+
+
+def test_the_index_names_the_modules_of_the_parts(pipe, tmp_path):
+    # Part of the file format: a module that moves leaves every saved model unreadable.
+    pipe.save_pretrained(tmp_path)
+    index = pipe.load_config(tmp_path)
+    assert index["transformer"] == ["fpdm.models.fixed_point_dit", "FixedPointDiT"]
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    assert index["vae"] == [None, None]
+    assert (tmp_path / "transformer" / "diffusion_pytorch_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("size", [0, 7, 1000])
+def test_truncated_weights_are_refused(pipe, tmp_path, size):
+    pipe.save_pretrained(tmp_path)
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(OSError, match="Unable to load weights"):  # diffusers' own exception
+        FixedPointDiTPipeline.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_no_pipeline_is_refused(pipe, tmp_path):
+    with pytest.raises(OSError, match=r"no file named model_index\.json"):  # diffusers' own exception
+        FixedPointDiTPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("class_names", [NAMES, None], ids=["names", "no names"])
+def test_a_pipeline_on_the_hub_can_be_opened(class_names, tmp_path, monkeypatch):
+    make_pipeline(class_names=class_names).save_pretrained(tmp_path)
+    siblings = [
+        SimpleNamespace(rfilename=path.relative_to(tmp_path).as_posix())
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    ]
+    hub = {
+        "model_info": lambda *_, **__: SimpleNamespace(siblings=siblings, sha="0" * 40, pipeline_tag=None),
+        "hf_hub_download": lambda _, name, **__: str(tmp_path / name),
+        "snapshot_download": lambda *_, **__: str(tmp_path),
+    }
+    for module in ("diffusers.pipelines.pipeline_utils", "huggingface_hub", "fpdm.pipeline"):
+        for name, stand_in in hub.items():
+            monkeypatch.setattr(f"{module}.{name}", stand_in, raising=False)
+    assert FixedPointDiTPipeline.from_pretrained("user/model").class_names == (class_names or [])
+
+
+# What comes out
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_output_types(channels, mode):
+    pipe = make_pipeline(in_channels=channels)
+    results = {kind: pipe([0, 1], budget=12, seed=0, output_type=kind).images for kind in ("pil", "np", "pt", "latent")}
+    assert all(image.mode == mode and image.size == (8, 8) for image in results["pil"])
+    assert isinstance(results["pil"][0], Image.Image)
+    assert results["np"].shape == (2, 8, 8, channels)
+    assert results["pt"].shape == results["latent"].shape == (2, channels, 8, 8)
+    torch.testing.assert_close(results["pt"], results["latent"] / 2 + 0.5)
+    assert np.array_equal(results["np"].transpose(0, 3, 1, 2), results["pt"].numpy())
+    arrays = np.stack([np.asarray(image).reshape(8, 8, channels) for image in results["pil"]])
+    assert np.array_equal(arrays, (results["np"] * 255).round())
+    assert results["latent"].std() > 0.1  # not all one value
+
+
+def test_the_report_comes_along(pipe):
+    output = pipe([0, 1], budget=13, num_inference_steps=3)
+    assert (output.report.images, output.report.asked, output.report.spent) == (2, 13, 13)
+    assert output.report.iterations == [2, 2, 3]
+    images, report = pipe([0, 1], budget=13, num_inference_steps=3, return_dict=False)
+    assert len(images) == 2
+    assert report.spent == 13
+
+
+def test_a_plan_is_told_before_anything_runs(pipe):
+    choices = {"budget": 23, "allocation": "falling"}
+    plan = pipe.plan(**choices, num_steps=4)
+    report = pipe(**choices, num_inference_steps=4).report
+    assert (report.planned, report.iterations) == (plan.planned, list(plan.iterations))
+
+
+def test_classes_by_number_and_name(pipe):
+    by_number = pixels(pipe, [2, 0], seed=0)
+    assert torch.equal(pixels(pipe, ["owl", "cat"], seed=0), by_number)
+    assert torch.equal(pixels(pipe, torch.tensor([2, 0]), seed=0), by_number)
+    torch.testing.assert_close(pixels(pipe, "owl", seed=0), by_number[:1], atol=1e-4, rtol=0)
+    assert not torch.allclose(pixels(pipe, [1, 0], seed=0)[0], by_number[0], atol=1e-3)
+    assert not torch.allclose(pixels(pipe, None, 2, seed=0)[0], by_number[0], atol=1e-3)
+
+
+def test_an_unconditional_model_draws_as_many_as_are_asked_for():
+    pipe = make_pipeline(num_classes=0, class_names=None)
+    assert pixels(pipe, num_images=5).shape == (5, 1, 8, 8)
+    for text, choices in (("no classes", {"class_labels": 0}), ("unconditional", {"guidance_scale": 2.0})):
+        with pytest.raises(ValueError, match=text):
+            pipe(**choices)
+
+
+def test_an_explicit_network_is_drawn_from_by_the_same_code():
+    pipe = make_pipeline(DiT, depth=3)
+    report = pipe(["dog"], budget=10).report
+    assert (report.planned, report.iterations) == (9, [None] * 3)
+    with pytest.raises(ValueError, match="no iterations"):
+        pipe(["dog"], iterations=2)
+
+
+# Chance
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim"])
+def test_one_generator_decides_and_moves_on(pipe, scheduler):
+    def twice(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return [pixels(pipe, [0, 1], generator=generator, scheduler=scheduler) for _ in range(2)]
+
+    first, second = twice(4)
+    assert all(torch.equal(a, b) for a, b in zip(twice(4), (first, second), strict=True))
+    assert not torch.allclose(first, second, atol=1e-2)
+    assert not torch.allclose(first, twice(5)[0], atol=1e-2)
+
+
+def test_a_list_of_generators_is_one_per_image(pipe):
+    def generators(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    both = pixels(pipe, [0, 1], generator=generators(1, 2), scheduler="ddpm")
+    alone = pixels(pipe, [1], generator=generators(2), scheduler="ddpm")
+    torch.testing.assert_close(alone[0], both[1], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm++"])
+def test_image_i_of_a_seed_is_the_same_in_every_batch(pipe, scheduler):
+    batch = pixels(pipe, [0, 1, 2, 0], seed=9, scheduler=scheduler)
+    some = pixels(pipe, [0, 2], seed=9, image_indices=[3, 2], scheduler=scheduler)
+    torch.testing.assert_close(some, batch[[3, 2]], atol=1e-4, rtol=0)
+    assert not torch.allclose(batch[0], batch[3], atol=1e-2)
+
+
+def test_indices_may_be_an_array(pipe):
+    assert torch.equal(pixels(pipe, [0, 1], seed=9, image_indices=np.arange(2)), pixels(pipe, [0, 1], seed=9))
+
+
+def test_without_a_seed_torchs_own_decides(pipe):
+    with torch.random.fork_rng():
+        outcomes = []
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            outcomes.append(pixels(pipe, [0]))
+    assert torch.equal(outcomes[0], outcomes[1])
+    assert not torch.equal(outcomes[0], outcomes[2])
+
+
+def test_latents_take_the_place_of_the_noise_and_of_nothing_else(pipe):
+    noise = initial_noise(pipe.transformer, image_generators(9, [0, 1]))
+    for scheduler in ("ddim", "ddpm"):  # the later draws of ddpm do not move either
+        given = pixels(pipe, [0, 1], seed=9, latents=noise, scheduler=scheduler)
+        assert torch.equal(given, pixels(pipe, [0, 1], seed=9, scheduler=scheduler))
+    assert not torch.equal(pixels(pipe, [0, 1], seed=9, latents=-noise), given)
+
+
+# Callbacks, precision, other parts
+
+
+def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
+    seen = []
+
+    def callback(pipeline, index, timestep, tensors):
+        assert pipeline is pipe
+        seen.append((index, timestep))
+        return {"latents": torch.full_like(tensors["latents"], 0.25)} if index == 2 else None
+
+    output = pipe([0], num_inference_steps=3, output_type="latent", callback_on_step_end=callback)
+    assert seen == list(enumerate(output.report.timesteps))
+    assert (output.images == 0.25).all()
+    handed = []
+    pipe([0], num_inference_steps=1, callback_on_step_end=lambda *args: handed.append(args[-1]),
+         callback_on_step_end_tensor_inputs=[])  # fmt: skip
+    assert handed == [{}]
+
+
+def test_bfloat16_draws_nearly_the_same():
+    pipe = make_pipeline()
+    exact = pixels(pipe, [0, 1], seed=0)
+    halved = pixels(pipe.to(torch.bfloat16), [0, 1], seed=0)
+    assert halved.dtype == torch.float32
+    assert 0 < (halved - exact).abs().mean() < 0.1
+
+
+def test_latents_are_decoded():
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, sample_size=16, norm_num_groups=4, block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.5,
+        shift_factor=0.1,
+    )  # fmt: skip
+    pipe = make_pipeline(in_channels=4, vae=vae.eval())
+    latents = pixels(pipe, [0, 1], seed=0)
+    assert latents.shape == (2, 4, 8, 8)
+    with torch.no_grad():
+        expected = vae.decode(latents / 0.5 + 0.1).sample
+    images = pipe([0, 1], budget=12, seed=0, output_type="pt").images
+    assert images.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1))
+    assert pipe(0, budget=12).images[0].size == (16, 16)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (DDIMScheduler, "ddim"),
+        pytest.param(
+            DPMSolverMultistepScheduler, "dpm++",
+        ),
+    ],
+)  # fmt: skip
+def test_a_scheduler_swapped_the_diffusers_way_is_honoured(kind, name):
+    pipe = make_pipeline()
+    by_name, own = pixels(pipe, [0], seed=0, scheduler=name), pixels(pipe, [0], seed=0)
+    pipe.scheduler = kind.from_config(pipe.scheduler.config)
+    assert torch.equal(pixels(pipe, [0], seed=0), by_name)
+    assert not torch.allclose(by_name, own, atol=1e-2)
+
+
+# Asked wrongly
+
+
+@pytest.mark.parametrize(
+    ("choices", "text"),
+    [
+        ({"class_labels": 3}, "classes 0 to 2"),
+        ({"class_labels": -1}, "classes 0 to 2"),
+        ({"class_labels": [0, 3]}, "class 3 is out of range"),
+        ({"class_labels": "cot"}, "Did you mean 'cat'"),
+        ({"class_labels": []}, "at least 1"),
+        ({"class_labels": [0, 1], "num_images": 3}, "num_images is 3 and there are 2 class labels"),
+        ({"num_images": 0}, "at least 1"),
+        ({"budget": 2}, "too small"),
+        ({"budget": 12, "num_inference_steps": 5}, "at least 15"),
+        ({"num_inference_steps": 1001}, "1 to 1000"),
+        ({"scheduler": "dimm"}, "Did you mean 'ddim'"),
+        ({"output_type": "pill"}, "Did you mean 'pil'"),
+        ({"latents": torch.zeros(1, 1, 4, 4)}, r"\(1, 1, 8, 8\)"),
+        ({"latents": torch.zeros(2, 1, 8, 8)}, r"\(1, 1, 8, 8\)"),
+        ({"generator": torch.Generator(), "seed": 1}, "not both"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
+        ({"seed": 1, "image_indices": [1, 2]}, "2 image_indices for 1 images"),
+        ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_network_is_called(pipe, choices, text):
+    calls = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))
+    with pytest.raises(ValueError, match=text):
+        pipe(**choices)
+    hook.remove()
+    assert not calls
+
+
+def test_more_names_than_classes_are_refused():
+    with pytest.raises(ValueError, match="class_names"):
+        make_pipeline(class_names=[*NAMES, "yak"])
+
+
+def test_indices_next_to_generators_are_refused(pipe):
+    with pytest.raises(ValueError, match="image_indices"):
+        pipe(0, budget=12, generator=[torch.Generator()], image_indices=[4])
