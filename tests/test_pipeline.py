@@ -1,5 +1,6 @@
 """The pipeline as its users meet it: saved and opened elsewhere, asked for images in every way, and asked wrongly."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -93,6 +94,13 @@ def test_truncated_weights_are_refused(pipe, tmp_path, size):
     weights.write_bytes(weights.read_bytes()[:size])
     with pytest.raises(OSError, match="Unable to load weights"):  # diffusers' own exception
         FixedPointDiTPipeline.from_pretrained(tmp_path)
+
+
+def test_diffusers_has_nothing_to_say_about_a_folder_of_ours(tmp_path, caplog, monkeypatch):
+    make_pipeline().save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    FixedPointDiTPipeline.from_pretrained(tmp_path)
+    assert caplog.records == []
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(pipe, tmp_path):

@@ -55,7 +55,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         transformer: FixedPointDiT | DiT,
         scheduler: Any,
         vae: AutoencoderKL | None = None,
-        class_names: Sequence[str] | Mapping[int, str] | None = None,
+        class_names: Sequence[str] | Mapping[str, str] | None = None,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -63,7 +63,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         if names and len(names) != transformer.config.num_classes:
             raise ValueError(f"there are {len(names)} class_names for {transformer.config.num_classes} classes")
         # As a mapping: diffusers takes lists in a folder's index for components.
-        self.register_to_config(class_names=dict(enumerate(names)) or None)
+        self.register_to_config(class_names={str(i): name for i, name in enumerate(names)} or None)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @classmethod

@@ -17,7 +17,7 @@ def digits() -> Config:
         beta_schedule="cosine",
         no_grad_max=6,
         with_grad_max=6,
-        steps=2400,
+        steps=2800,
         batch_size=64,
         lr=1e-3,
         warmup=100,
