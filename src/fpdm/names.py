@@ -1,6 +1,7 @@
-"""Messages that name the nearest right name."""
+"""Messages that name the nearest right name, or the extra that is missing."""
 
 import difflib
+import importlib.util
 from collections.abc import Iterable
 
 MOST_LISTED = 20
@@ -18,3 +19,9 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     hint = f" Did you mean {near[0]!r}?" if near else ""
     listed = f" Known: {', '.join(known)}" if len(known) <= MOST_LISTED or not near else ""
     return f"unknown {kind} {name!r}.{hint}{listed}"
+
+
+def needs(module: str, extra: str) -> None:
+    """Raises ImportError, naming the extra of this package to install, if `module` is not there."""
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(f"{module} is not installed: pip install 'fpdm[{extra}]'")

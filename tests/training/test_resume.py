@@ -86,6 +86,17 @@ def test_what_may_change_changes_nothing(changes, uninterrupted, tmp_path, monke
     assert_same_run(uninterrupted, tmp_path / "run", 10)
 
 
+def test_a_line_of_the_log_is_the_mean_of_its_steps_where_the_interval_changed(tmp_path, monkeypatch):
+    Trainer(tiny(log_every=1), tmp_path / "each").run()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 6)
+        Trainer(tiny(log_every=4), tmp_path / "run").run()
+    Trainer(tiny(log_every=5), tmp_path / "run").run()
+    losses = [entry["loss"] for entry in log_of(tmp_path / "each")]
+    logged = {entry["step"]: entry["loss"] for entry in log_of(tmp_path / "run")}
+    assert logged == pytest.approx({4: sum(losses[:4]) / 4, 10: sum(losses[4:]) / 6}, rel=1e-5)
+
+
 def test_more_steps_can_be_asked_for(tmp_path):
     constant = {"lr_schedule": "constant"}  # a cosine depends on the number of steps
     Trainer(tiny(**constant), tmp_path / "whole").run()

@@ -6,7 +6,10 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fpdm.names import needs
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.training.adopt import fields_of
 from fpdm.training.draws import draw
@@ -97,7 +100,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_pa
     config = tiny(lr=1e30, grad_clip=0.0, warmup=0, log_every=1, checkpoint_every=1)
     with pytest.raises(FloatingPointError, match="lower --lr"):
         Trainer(config, tmp_path / "run").run()
-    assert (tmp_path / "run/checkpoints").is_dir()
+    for folder in (tmp_path / "run/checkpoints").iterdir():
+        assert all(weight.isfinite().all() for weight in load_file(folder / "weights.safetensors").values())
+
+
+def test_tensorboard_gets_what_the_log_gets(tmp_path):
+    Trainer(tiny(tracker="tensorboard"), tmp_path / "run").run()
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    logged = [entry["loss"] for entry in log_of(tmp_path / "run")]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+
+
+def test_an_extra_that_is_missing_is_named():
+    with pytest.raises(ImportError, match=r"fpdm\[tensorboard\]"):
+        needs("no_such_module", "tensorboard")
 
 
 def images_folder(root, classes=("cat", "dog"), size=8):

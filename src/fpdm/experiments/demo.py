@@ -6,6 +6,7 @@ from typing import Any
 from PIL import Image
 
 from fpdm.imaging import grid
+from fpdm.names import needs
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.recipes import recipe
 from fpdm.sampling import Report
@@ -18,6 +19,7 @@ GUIDANCE = 2.0  # of so small a model, it makes the digits plainly those asked f
 
 def run_demo(out: Path, steps: int | None = None) -> int:
     """Train the digits recipe in `out`/run (or go on with it), draw, print the table, write `out`/demo.png."""
+    needs("matplotlib", "plots")
     config = recipe("digits")
     trainer = Trainer(config.with_fields(steps=steps) if steps else config, out / "run")
     print(trainer.summary(), flush=True)

@@ -17,7 +17,7 @@ def fashion_mnist() -> Config:
         beta_schedule="cosine",
         no_grad_max=6,
         with_grad_max=6,
-        steps=12_000,
+        steps=10_000,
         batch_size=64,
         lr=1e-3,
         lr_schedule="cosine",

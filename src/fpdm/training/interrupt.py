@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM end the step that is running, not the process; a second Ctrl-C does."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,6 +17,7 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        print("\nStopping after this step; once more stops at once.", file=sys.stderr, flush=True)
 
 
 @contextmanager

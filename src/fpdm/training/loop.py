@@ -20,6 +20,7 @@ from fpdm.data import Batch, Slots, Stream, loader
 from fpdm.imaging import grid
 from fpdm.keyed import generator
 from fpdm.models import Denoiser, FixedPointDiT
+from fpdm.names import needs
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.training import checkpoints
 from fpdm.training.build import Parts, build
@@ -42,7 +43,7 @@ class Trainer:
         self.config = config
         self.parts: Parts = build(config)
         self.accelerator = make_accelerator(config, Path(path))
-        self.slots = self._slots(0)
+        self._slots(0)  # refuses a batch that cannot be shared out
         self.dir = RunDir(path, config, self.parts.source.fingerprint)
         if self.accelerator.is_main_process:
             self.dir.create()
@@ -61,7 +62,7 @@ class Trainer:
         )
         self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
         self.step = 0
-        self.sums = torch.zeros(len(METERS), device=device)
+        self.sums, self.summed = torch.zeros(len(METERS), device=device), 0  # of the steps since the last line logged
         self.broken: list[str] = []
 
     def summary(self) -> str:
@@ -106,6 +107,7 @@ class Trainer:
         for _ in slots.steps:
             self._one_step([next(batches) for _ in range(slots.parts)])
             self.step += 1
+            self.summed += 1
             bar.update()
             if self.step % run.log_every == 0:
                 self._log(bar, time.perf_counter() - began, self.step - first)
@@ -177,9 +179,9 @@ class Trainer:
     # --- what is written -------------------------------------------------------------------------------------------
 
     def _log(self, bar: tqdm, seconds: float, steps: int) -> None:
-        means = self.accelerator.reduce(self.sums, "mean") / self.config.run.log_every
+        values = dict(zip(METERS, (self._sums() / self.summed).tolist(), strict=True))
         self.sums.zero_()
-        values = dict(zip(METERS, means.tolist(), strict=True))
+        self.summed = 0
         rate = steps * self.config.optimizer.batch_size / seconds
         entry = {
             "step": self.step,
@@ -189,16 +191,21 @@ class Trainer:
             "images_per_second": round(rate, 1),
             "seconds": round(seconds, 2),
         }
-        if not math.isfinite(values["loss"]):
-            raise FloatingPointError(
-                f"the loss is {values['loss']} after step {self.step}. The last checkpoint is as it was: go on from it "
-                "with a lower --lr, a smaller --grad-clip or --mixed-precision no, under another --name"
-            )
         bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
         if self.accelerator.is_main_process:
             self.dir.append_log(entry)
         numbers = {key: value for key, value in entry.items() if key not in ("step", "seconds")}
         self.accelerator.log(numbers, step=self.step)
+
+    def _sums(self) -> torch.Tensor:
+        """The sums over all processes. Raises FloatingPointError if one is not finite: such weights are not saved."""
+        sums: torch.Tensor = self.accelerator.reduce(self.sums, "mean")
+        if not sums.isfinite().all():
+            raise FloatingPointError(
+                f"the loss is not finite at step {self.step}. What was saved before is as it was. Start anew under "
+                "another --name with a lower --lr, a longer --warmup, a smaller --grad-clip or --mixed-precision no"
+            )
+        return sums
 
     def _save_grid(self) -> None:
         if not self.accelerator.is_main_process:
@@ -212,8 +219,7 @@ class Trainer:
         grid(images, columns=10).save(self.dir.samples / f"step-{self.step:08d}.png")
 
     def _save(self) -> None:
-        sums = self.accelerator.reduce(self.sums, "mean").double().tolist()
-        state = {"sums": sums, "broken": self.broken}
+        state = {"sums": self._sums().tolist(), "summed": self.summed, "broken": self.broken}
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.optimizer
             keep = self.config.run.keep_checkpoints
@@ -225,8 +231,8 @@ class Trainer:
         if steps:
             optimizer = self.optimizer.optimizer
             state = checkpoints.load(self.dir.checkpoints, steps[-1], self.net, self.ema.model, optimizer)
-            self.step, self.broken = state["step"], state["broken"]
-            self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+            self.step, self.summed, self.broken = state["step"], state["summed"], state["broken"]
+            self.sums.copy_(torch.tensor(state["sums"]))
         if self.accelerator.is_main_process:
             self.dir.cut_log(self.step)
 
@@ -241,7 +247,7 @@ class Trainer:
 
     @contextmanager
     def _tracker(self) -> Iterator[None]:
-        self.accelerator.init_trackers(self.dir.path.name)
+        self.accelerator.init_trackers("tensorboard")
         try:
             yield
         finally:
@@ -277,6 +283,8 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     if not there[device]:
         raise ValueError(f"device {device!r} is not available here; those that are: {[d for d in there if there[d]]}")
     tracker = None if config.run.tracker == "none" else config.run.tracker
+    if tracker is not None:
+        needs("tensorboard", "tensorboard")  # accelerate would go on without it, in silence
     return Accelerator(
         cpu=device == "cpu", mixed_precision=config.run.mixed_precision, log_with=tracker, project_dir=folder
     )
