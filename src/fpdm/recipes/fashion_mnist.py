@@ -4,7 +4,7 @@ from fpdm.training.config import Config
 def fashion_mnist() -> Config:
     """Fashion-MNIST: 60,000 grey pictures of clothes, 28 x 28, 10 classes (MIT licence; bring the four IDX files).
 
-    fpdm train fashion_mnist --data DIR     two cores: about an hour
+    fpdm train fashion_mnist --data DIR     two cores, no GPU: about an hour (195 images/s)
     """
     return Config().with_fields(
         source="idx",
