@@ -9,16 +9,23 @@ from fpdm.cli.main import make_parser
 from fpdm.recipes import recipe
 from fpdm.training.loop import Trainer
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README, EXTEND = (ROOT / "README.md").read_text(), (ROOT / "docs/extend.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-def test_the_parts():
-    (code,) = [block for block in blocks("python") if "from_preset" in block]
-    exec(compile(code, "README.md", "exec"), {})
+@pytest.mark.parametrize("text", [README, EXTEND], ids=["README.md", "extend.md"])
+def test_the_parts(text):
+    (code,) = [block for block in blocks("python", text) if "from_preset" in block]
+    exec(compile(code, "docs", "exec"), {})
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^):]+)\)", README))
+def test_links_within_the_repository_lead_somewhere(target):
+    assert (ROOT / target).exists()
 
 
 def test_sampling(tmp_path, monkeypatch):

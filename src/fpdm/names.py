@@ -14,11 +14,17 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     "unknown recipe 'digitz'. Did you mean 'digits'? Known: digits, images"
     """
     known = list(known)
-    begun = [option for option in known if name and option.startswith(name)]
-    near = begun or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(name, known)
+    hint = f" Did you mean {near!r}?" if near else ""
     listed = f" Known: {', '.join(known)}" if len(known) <= MOST_LISTED or not near else ""
     return f"unknown {kind} {name!r}.{hint}{listed}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that `name` begins, or else the most similar one, if any is similar."""
+    known = list(known)
+    begun = [option for option in known if name and option.startswith(name)]
+    return next(iter(begun or difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 
 def needs(module: str, extra: str) -> None:

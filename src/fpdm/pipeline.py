@@ -114,28 +114,31 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         max_steps = self.scheduler.config.num_train_timesteps
         return make_plan(cost_of(self.transformer), max_steps=max_steps, **choices)
 
-    def labels(self, classes: int | str | Sequence[int | str] | None, num_images: int) -> Tensor | None:
-        """Class labels (B,) int64 from numbers and names; None for no classes.
+    def labels(self, classes: int | str | Sequence[int | str] | None, num_images: int | None) -> Tensor | None:
+        """Class labels (B,) int64 from numbers and names, one class standing for all images; None for no classes.
 
         Raises ValueError for a class that the model does not have.
         """
         if classes is None:
             return None
-        listed = [classes] if isinstance(classes, int | str) else list(classes)
+        if hasattr(classes, "tolist"):  # NumPy's and torch's numbers and arrays
+            classes = classes.tolist()
+        listed = list(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else [classes]
         count, names = self.transformer.config.num_classes, self.class_names
         if count == 0:
             raise ValueError("this model is unconditional: it has no classes. Leave class_labels out")
-        if num_images != 1 and num_images != len(listed):
+        numbers = [_class_number(label, count, names) for label in listed]
+        if num_images not in (None, len(numbers)) and len(numbers) != 1:
             raise ValueError(
-                f"num_images is {num_images} and there are {len(listed)} class labels: give one of the two"
+                f"num_images is {num_images} and there are {len(numbers)} class labels: give one of the two"
             )
-        return torch.tensor([_class_number(label, count, names) for label in listed])
+        return torch.tensor(numbers * num_images if num_images is not None and len(numbers) == 1 else numbers)
 
     @torch.no_grad()
     def __call__(
         self,
         class_labels: int | str | Sequence[int | str] | None = None,
-        num_images: int = 1,
+        num_images: int | None = None,
         *,
         budget: int | None = None,
         num_inference_steps: int | None = None,
@@ -156,7 +159,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         """Draw images.
 
         class_labels         a class per image, by number or name; None draws without a class
-        num_images           how many images, where no labels say so
+        num_images           how many images: 1 by default, or as many as there are labels
         budget               transformer block passes per image; with iterations and timesteps see `make_plan`
         num_inference_steps  timesteps, i.e. calls of the network
         iterations           of the fixed point at every timestep, or a list with one entry per timestep
@@ -176,7 +179,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         plan = self.plan(budget=budget, num_steps=num_inference_steps, iterations=iterations, allocation=allocation)
         labels = self.labels(class_labels, num_images)
         self.check_inputs(plan, labels, scheduler, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
-        count = num_images if labels is None else len(labels)
+        count = (1 if num_images is None else num_images) if labels is None else len(labels)
         generators = _generators(generator, seed, image_indices, count)
         noise = self._noise(latents, generators)
 
@@ -187,7 +190,10 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                 if callback_on_step_end is None:
                     return None
                 handed = {"latents": x} if "latents" in callback_on_step_end_tensor_inputs else {}
-                return (callback_on_step_end(self, index, t, handed) or {}).get("latents")
+                returned = callback_on_step_end(self, index, t, handed) or {}
+                if extra := set(returned) - {"latents"}:
+                    raise ValueError(f"callback_on_step_end returned {sorted(extra)}; it can only replace 'latents'")
+                return returned.get("latents")
 
             x, report = sample(
                 self.transformer,

@@ -2,13 +2,18 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from fpdm.cli.main import main
+from fpdm.training import checkpoints
 
 TINY = [
     "--hidden-size", "16", "--num-heads", "2", "--patch-size", "4", "--batch-size", "8", "--steps", "4",
@@ -77,6 +82,9 @@ def test_help(arguments, capsys):
         (["train", "fashion_mnist", "--data", "{tmp}"], ["train-images-idx3-ubyte"]),
         (["train", "digits", "--init-from", "{tmp}"], ["not a model folder"]),
         (["train", "digits", "--model", "S/3"], ["S/3", "'S/"]),
+        (["train", "digits", "--channels", "3"], ["channels is 3", "1"]),
+        (["train", "digits", "--depth", "3"], ["depth"]),
+        (["train", "digits", "--network", "dit", "--depth", "3", "--num-core", "2"], ["num_core"]),
         (["sample", "/nowhere", "--out", "{tmp}/o"], ["no folder /nowhere"]),
         (["sample", "{tmp}", "--out", "{tmp}/o"], ["not a model"]),
     ],
@@ -93,6 +101,8 @@ def test_refused(arguments, words, capsys, tmp_path, monkeypatch):
     [
         (["--classes", "11"], ["class 11", "0 to 9"]),
         (["--classes", "0-10"], ["class 10", "0 to 9"]),
+        (["--classes", "0-99999999999999"], ["class 99999999999999", "0 to 9"]),
+        (["--classes", "5-3"], ["3-5"]),
         (["--classes", "cat"], ["cat"]),
         (["--budget", "5", "--steps", "10"], ["5", "30", "1 timesteps"]),
         (["--budget", "2"], ["3"]),
@@ -114,12 +124,43 @@ def test_sampling_that_cannot_be_done_is_refused(arguments, words, model, capsys
     assert not out.exists()
 
 
+def test_a_mistyped_run_is_not_looked_for_on_the_hub(runs, capsys, monkeypatch):
+    monkeypatch.chdir(runs.parent)
+    assert "Did you mean" in refused(["sample", f"{runs.name}/digts", "--out", "o"], capsys)
+
+
+def test_fine_tuning_from_a_run_and_what_contradicts_it(model, capsys, tmp_path):
+    start = ["train", "digits", "--runs-dir", tmp_path, "--init-from", model]
+    assert "hidden_size is 16" in refused([*start, "--hidden-size", "32"], capsys)
+    assert "model is None" in refused([*start, "--model", "B/4"], capsys)
+    assert main([str(word) for word in [*start, "--steps", "1", "--batch-size", "8", "--log-every", "1"]]) == 0
+
+
+def test_a_disk_without_room_is_refused_before_training(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    said = refused(["train", "digits", "--runs-dir", tmp_path / "runs"], capsys)
+    assert "MB free" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_disk_that_fills_up_is_one_message_and_keeps_what_was_saved(capsys, tmp_path, monkeypatch):
+    def full(tensors, path):
+        if "00000004" in str(path):
+            raise SafetensorError("No space left on device (os error 28)")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    said = refused(["train", "digits", "--runs-dir", tmp_path, *TINY], capsys)
+    assert "step 4 cannot be written" in said
+    assert checkpoints.all_steps(tmp_path / "digits/checkpoints") == [2]
+
+
 def test_damaged_models_are_refused(model, capsys, tmp_path):
     damaged = tmp_path / "damaged"
     subprocess.run(["cp", "-r", model + "/pipeline", damaged], check=True)
     weights = damaged / "transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    assert "damaged" in refused(["sample", damaged, "--out", tmp_path / "o"], capsys)
+    assert "cannot be opened" in refused(["sample", damaged, "--out", tmp_path / "o"], capsys)
     weights.unlink()
     assert "diffusion_pytorch_model" in refused(["sample", damaged, "--out", tmp_path / "o"], capsys)
     (damaged / "transformer/config.json").write_text("{")
@@ -177,6 +218,12 @@ def test_sample_makes_only_what_is_missing(model, tmp_path):
     assert sampled(parts) == sampled(whole)
     assert (parts / "000001.png").stat().st_mtime_ns == untouched
     assert main([*command, "9", "--out", str(parts)]) == 0, "nothing is missing"
+    assert json.loads((parts / "report.json").read_text())["report"]["images"] == 9
+
+    (parts / "report.json").unlink()  # as if killed between images and report
+    assert main([*command, "9", "--out", str(parts)]) == 0
+    assert sampled(parts) == sampled(whole)
+    assert json.loads((parts / "report.json").read_text())["report"]["images"] == 9
 
 
 def test_sample_does_not_mix_requests_or_folders(model, tmp_path, capsys):

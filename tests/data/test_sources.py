@@ -264,3 +264,10 @@ def test_a_folders_fingerprint_moves_with_it(tmp_path):
     (tmp_path / "there" / "b" / "3.png").unlink()
     (tmp_path / "there" / "b").rename(tmp_path / "there" / "c")
     assert ImageFolder(tmp_path / "there").fingerprint != fingerprint  # other classes
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (255, 0, 0, 0)), ("LA", (10, 0))])
+def test_what_is_transparent_is_white(mode, colour, tmp_path):
+    Image.new(mode, (2, 2), colour).save(tmp_path / "a.png")
+    image, _ = ImageFolder(tmp_path).load(0)
+    assert image.getpixel((0, 0)) == (255, 255, 255)

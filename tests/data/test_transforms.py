@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fpdm.data import CROPS, prepare
-from fpdm.data.transforms import shrink
+from fpdm.data.transforms import resize
 from fpdm.keyed import generator
 
 
@@ -57,14 +57,17 @@ def test_halving_averages_areas():
     assert (out.abs() < 0.02).all()  # grey, where taking every eighth pixel would give black or white
 
 
-@pytest.mark.parametrize(
-    ("width", "height", "shorter", "size"),
-    [(100, 50, 10, (20, 10)), (30, 90, 30, (30, 90)), (3, 5, 12, (12, 20)), (1, 1, 8, (8, 8)), (101, 33, 16, (49, 16))],
-)
-def test_shrink_makes_the_shorter_side_exact(width, height, shorter, size):
-    out = shrink(ramp(width, height), shorter)
-    assert min(out.size) == shorter
-    assert np.abs(np.subtract(out.size, size)).max() <= 1  # halving drops an odd column
+@pytest.mark.parametrize("side", [1, 3, 8, 15, 16, 17, 64, 101])
+def test_resizing_is_exact(side):
+    assert resize(ramp(side, side), 8).size == (8, 8)
+
+
+def test_a_long_strip_costs_what_its_square_costs(monkeypatch):
+    """Resized before it is cropped, a strip of 3 x 60,000 pixels would become 64 x 1,280,000."""
+    real, seen = Image.Image.resize, []
+    monkeypatch.setattr(Image.Image, "resize", lambda self, size, *how: seen.append(size) or real(self, size, *how))
+    assert prepare(Image.new("L", (60_000, 3)), 64, "center", False, generator(0)).shape == (1, 64, 64)
+    assert seen == [(64, 64)]
 
 
 def test_small_images_are_enlarged():

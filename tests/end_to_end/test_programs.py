@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from tests.training.runs import log_of, tensors_of
 
@@ -72,3 +73,27 @@ def test_the_demo_makes_its_table_and_picture(tmp_path):
     spent = [line.split() for line in said.splitlines() if " x " in line and line.strip()[0].isdigit()]
     assert [(row[0], row[-3]) for row in spent] == [("12", "12"), ("48", "48"), ("160", "160")]
     assert (tmp_path / "demo.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_two_processes_learn_what_one_does(interrupted, tmp_path):
+    """The gradients of the halves of a batch, averaged over processes (gloo), are those of the whole."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *TRAIN[1:]]
+    quick = ["--log-every", "2", "--lr", "1e-4", "--grad-clip", "0", "--device", "cpu"]
+    if interrupted:  # then one process goes on alone
+        process = subprocess.Popen([*launch, "--runs-dir", str(tmp_path / "two"), "--steps", "100000", *quick])
+        log = tmp_path / "two/digits/log.jsonl"
+        wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 2)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+        steps = max(int(path.name[5:]) for path in (tmp_path / "two/digits/checkpoints").iterdir()) + 3
+        subprocess.run(train(tmp_path / "two", "--steps", str(steps), *quick), check=True, capture_output=True)
+    else:
+        steps = 9
+        both = [*launch, "--runs-dir", str(tmp_path / "two"), "--steps", str(steps), *quick]
+        subprocess.run(both, check=True, capture_output=True)
+    subprocess.run(train(tmp_path / "one", "--steps", str(steps), *quick), check=True, capture_output=True)
+    one, two = (tensors_of(tmp_path / name / "digits", steps) for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
+    assert (tmp_path / "two/digits/pipeline/model_index.json").is_file()

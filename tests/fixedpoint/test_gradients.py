@@ -45,7 +45,7 @@ class Linear:
 
     def solution(self, gradient, n=1, damping=1.0):
         context = self.c @ self.w.T
-        solve = Solve(FixedIterations(n), Picard(damping), gradient)
+        solve = Solve(stopping=FixedIterations(n), solver=Picard(damping), gradient=gradient)
         return solve(self.f, self.z0, context)
 
     def gradients(self, solution, allow_unused=False):
@@ -94,7 +94,7 @@ def test_unrolling_to_convergence_is_the_implicit_gradient():
 
 def test_the_implicit_gradient_of_a_curved_problem_too():
     a, b = torch.tensor(0.7, dtype=torch.float64, requires_grad=True), torch.tensor([[0.4]], dtype=torch.float64)
-    solution = Solve(FixedIterations(200))(lambda z, b: (a * z + b).tanh(), torch.zeros_like(b), b)
+    solution = Solve(stopping=FixedIterations(200))(lambda z, b: (a * z + b).tanh(), torch.zeros_like(b), b)
     z = solution.value
     slope = 1 - z.item() ** 2  # of tanh at the solution
     z.sum().backward()
@@ -155,7 +155,7 @@ def test_a_nested_context_is_computed_once_and_gets_its_gradient(gradient):
         return (context.scales[0] * z).tanh() * context.scales[1] + context.shift
 
     source, z = torch.tensor([[0.3, 0.8]], requires_grad=True), torch.zeros(1, 2)
-    Solve(FixedIterations(3), gradient=gradient)(f, z, context(source)).value.sum().backward()
+    Solve(stopping=FixedIterations(3), gradient=gradient)(f, z, context(source)).value.sum().backward()
     assert len(made) == 1
     assert source.grad.abs().min() > 0
 
@@ -173,7 +173,7 @@ def test_iterates_are_kept_across_both_phases():
     problem = Linear()
 
     def kept(n, gradient):
-        spec = Solve(FixedIterations(n), gradient=gradient, exits=(1, 2, 4))
+        spec = Solve(stopping=FixedIterations(n), gradient=gradient, exits=(1, 2, 4))
         return spec(problem.f, problem.z0, problem.c @ problem.w.T).kept
 
     split, whole = kept(1, MultiStepJacobianFree(2, 3)), kept(5, Unroll())
@@ -184,7 +184,7 @@ def test_iterates_are_kept_across_both_phases():
 
 @pytest.mark.parametrize(("slope", "status"), [(2.0, Status.ITERATION_LIMIT), (1e9, Status.DIVERGED)])
 def test_a_solve_that_failed_is_told_after_the_gradient_step(slope, status):
-    spec = Solve(Tolerance(1e-3, 30), gradient=JacobianFree())
+    spec = Solve(stopping=Tolerance(1e-3, 30), gradient=JacobianFree())
     assert spec(lambda z, _: slope * z + 1, torch.ones(1, 1), None).status.item() == status
 
 

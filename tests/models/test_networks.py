@@ -230,7 +230,7 @@ def test_interleaved_calls_equal_separate_ones(network, how):
 
 
 @pytest.mark.parametrize(
-    "how", [{"iterations": 2}, {"solve": Solve(FixedIterations(2))}, {"init": torch.zeros(3, 4, 8)}]
+    "how", [{"iterations": 2}, {"solve": Solve(stopping=FixedIterations(2))}, {"init": torch.zeros(3, 4, 8)}]
 )
 def test_an_explicit_network_has_nothing_to_solve(how):
     model = dit()
@@ -262,7 +262,8 @@ def test_a_misshaped_init_is_refused(shape):
 @pytest.mark.parametrize("n", [0, 1, 5])
 def test_iterations_are_short_for_a_solve(n):
     model = fixed_point_dit()
-    short, spelt = (model(*batch(model), **how) for how in ({"iterations": n}, {"solve": Solve(FixedIterations(n))}))
+    ways = {"iterations": n}, {"solve": Solve(stopping=FixedIterations(n))}
+    short, spelt = (model(*batch(model), **how) for how in ways)
     assert torch.equal(short.sample, spelt.sample)
     assert torch.equal(short.solution.value, spelt.solution.value)
     assert short.solution.iterations.tolist() == [n] * 3
@@ -281,10 +282,10 @@ def test_a_solve_goes_on_from_where_another_ended(n, m):
 def test_a_solve_to_tolerance_finds_the_fixed_point():
     model = randomized(FixedPointDiT(**TINY), std=0.1)
     inputs = batch(model)
-    found = model(*inputs, solve=Solve(Tolerance(1e-6, 200)))
+    found = model(*inputs, solve=Solve(stopping=Tolerance(1e-6, 200)))
     more = model(*inputs, iterations=1, init=found.solution.value)
     torch.testing.assert_close(found.sample, more.sample, atol=1e-5, rtol=1e-4)
-    far = model(*inputs, solve=Solve(Tolerance(1e-6, 300), Picard(0.5)), init=drawn(3, 4, 8))
+    far = model(*inputs, solve=Solve(stopping=Tolerance(1e-6, 300), solver=Picard(0.5)), init=drawn(3, 4, 8))
     torch.testing.assert_close(found.sample, far.sample, atol=1e-4, rtol=1e-3)
 
 
@@ -350,7 +351,7 @@ def test_the_pre_blocks_are_trained_through_the_injection_alone():
 def test_exits_are_the_outputs_of_shorter_solves():
     model = fixed_point_dit()
     inputs = batch(model)
-    output = model(*inputs, solve=Solve(FixedIterations(4), exits=(1, 3, 4)))
+    output = model(*inputs, solve=Solve(stopping=FixedIterations(4), exits=(1, 3, 4)))
     assert output.exits.keys() == {1, 3, 4}
     for k, sample in output.exits.items():
         assert torch.equal(sample, model(*inputs, iterations=k).sample)
@@ -367,7 +368,9 @@ def test_a_network_without_exits_asked_for_has_none():
 def test_half_precision_comes_out_as_it_went_in():
     model = fixed_point_dit().to(torch.bfloat16)
     x, t, y = batch(model)
-    output = model(x, t, y, solve=Solve(FixedIterations(3), Picard(0.5)), init=torch.zeros(3, 4, 8))
+    output = model(x, t, y, solve=Solve(stopping=FixedIterations(3), solver=Picard(0.5)), init=torch.zeros(3, 4, 8))
     assert output.sample.dtype == output.solution.value.dtype == torch.bfloat16
-    full = fixed_point_dit()(x, t, y, solve=Solve(FixedIterations(3), Picard(0.5)), init=torch.zeros(3, 4, 8))
+    full = fixed_point_dit()(
+        x, t, y, solve=Solve(stopping=FixedIterations(3), solver=Picard(0.5)), init=torch.zeros(3, 4, 8)
+    )
     assert F.cosine_similarity(output.sample.float().flatten(), full.sample.flatten(), dim=0) > 0.99

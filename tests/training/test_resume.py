@@ -77,6 +77,36 @@ def test_torn_while_a_checkpoint_is_written(uninterrupted, tmp_path, monkeypatch
     assert_same_run(uninterrupted, path, 10)
 
 
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(name, uninterrupted, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        Trainer(tiny(), path).run()
+    damaged = path / "checkpoints/step-00000007" / name
+    damaged.write_bytes(damaged.read_bytes()[:-20])
+    assert Trainer(tiny(), path).run() == "finished"
+    assert "step-00000007 is damaged" in capsys.readouterr().out
+    assert_same_run(uninterrupted, path, 10)
+    for folder in (path / "checkpoints").iterdir():
+        (folder / name).write_bytes(b"{")
+    with pytest.raises(ValueError, match="none of the checkpoints"):
+        Trainer(tiny(), path).run()
+
+
+def test_a_model_of_an_earlier_stop_does_not_pass_for_the_finished_one(uninterrupted, tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        Trainer(tiny(), path).run()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_export", lambda self: 1 / 0)  # killed after the last checkpoint, before the model
+        with pytest.raises(ZeroDivisionError):
+            Trainer(tiny(), path).run()
+    assert Trainer(tiny(), path).run() == "already finished"
+    assert_same_run(uninterrupted, path, 10)
+
+
 @pytest.mark.parametrize("changes", [{"workers": 2}, {"log_every": 4, "checkpoint_every": 3}])
 def test_what_may_change_changes_nothing(changes, uninterrupted, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:

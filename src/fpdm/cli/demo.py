@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from fpdm.cli.quiet import quiet_libraries
-from fpdm.cli.train import check_writable
+from fpdm.files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,12 +7,11 @@ interruption, it makes only what is missing.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from fpdm.cli.quiet import quiet_libraries
-from fpdm.cli.train import check_writable
+from fpdm.files import check_writable, model_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,34 +62,6 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def model_folder(name: str) -> str:
-    """The pipeline folder that `name` means: itself, the one inside a run, or a name on the hub.
-
-    Raises ValueError for a local folder that holds no model.
-    """
-    path = Path(name)
-    for folder in (path, path / "pipeline"):
-        if (folder / "model_index.json").is_file():
-            check_index(folder / "model_index.json")
-            return str(folder)
-    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
-        raise ValueError(f"{name} is a run without a model yet: let its training end, or interrupt it with Ctrl-C")
-    if path.exists():
-        raise ValueError(f"{name} is not a model: it has no model_index.json")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"there is no folder {name}, and a name on the hub has the form organisation/model")
-    return name
-
-
-def check_index(path: Path) -> None:
-    try:
-        made_for = json.loads(path.read_text()).get("_class_name")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if made_for != "FixedPointDiTPipeline":
-        raise ValueError(f"{path.parent} is a {made_for}, not a FixedPointDiTPipeline")
-
-
 def parse_iterations(text: str | None) -> int | list[int] | None:
     """ "4" or "4,2,2"."""
     if text is None:
@@ -114,7 +85,12 @@ def parse_classes(text: str | None, count: int, names: list[str]) -> list[int] |
         if part in names:
             labels.append(names.index(part))
         elif first.isdecimal() and (last.isdecimal() or not dash):
-            labels += range(int(first), int(last or first) + 1)
+            ends = int(first), int(last or first)
+            if max(ends) >= count:
+                raise ValueError(f"class {max(ends)} is out of range: this model has classes 0 to {count - 1}")
+            if ends[0] > ends[1]:
+                raise ValueError(f"--classes {part} is a range that falls: write {ends[1]}-{ends[0]}")
+            labels += range(ends[0], ends[1] + 1)
         else:
             labels.append(part)  # the pipeline says what is wrong with it
     if not labels:

@@ -1,7 +1,8 @@
 """The part of `fpdm sample` that needs torch: loading, and drawing what is missing."""
 
 import hashlib
-import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,11 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from fpdm.devices import pick_device
+from fpdm.files import read_json, write_aside, write_json
 from fpdm.imaging import grid
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import Report
-from fpdm.training.rundir import write_aside
 
 GRID_IMAGES = 100
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -20,17 +22,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 def load_pipeline(folder: str, device: str, dtype: str) -> FixedPointDiTPipeline:
     """The pipeline in a folder, on its device. Raises ValueError for damaged files or a device that is not there."""
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if there[name])
-    if not there.get(device, False):
-        raise ValueError(f"device {device!r} is not available here; those that are: {[d for d in there if there[d]]}")
+    device = pick_device(device)
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     try:
         pipe = FixedPointDiTPipeline.from_pretrained(folder)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the model in {folder} cannot be opened, copy it again: {error}") from error
+        raise ValueError(f"the model {folder} cannot be opened: {error}") from error
     return pipe.to(device, DTYPES[dtype])
 
 
@@ -53,25 +51,26 @@ def draw_missing(
         iterations=choices["iterations"],
         allocation=choices["allocation"],
     )
-    pipe.check_inputs(plan, pipe.labels(labels, 1), choices["scheduler"], choices["guidance_scale"])
+    pipe.check_inputs(plan, pipe.labels(labels, None), choices["scheduler"], choices["guidance_scale"])
     request = {"model": digest(pipe.transformer), "classes": classes, **choices}
     _claim(out, request)
     print(f"{plan} per image")
 
-    reports = out / "report.json"
-    report = Report.from_dict(json.loads(reports.read_text())["report"]) if reports.is_file() else None
-    missing = [i for i in range(count) if not _file(out, i).is_file()]
+    drawn, report = _drawn(out)
+    missing = [i for i in range(count) if i not in drawn or not _file(out, i).is_file()]
     for start in range(0, len(missing), batch_size):
         indices = missing[start : start + batch_size]
         pipe.set_progress_bar_config(desc=f"images {len(missing) - start} to go", unit="step", leave=False)
         batch = None if labels is None else [labels[i] for i in indices]
-        result = pipe(batch, len(indices) if batch is None else 1, image_indices=indices, **choices)
+        result = pipe(batch, len(indices), image_indices=indices, **choices)
         for i, image in zip(indices, result.images, strict=True):
-            _save_aside(image, _file(out, i))
-        report = result.report if report is None else report.merged(result.report)
-        write_aside(reports, json.dumps({"request": request, "report": report.to_dict()}, indent=1) + "\n")
+            write_aside(_file(out, i), partial(image.save, format="PNG"))
+        if new := set(indices) - drawn:  # an image drawn again, because its file was lost, counts once
+            part = replace(result.report, images=len(new))
+            report, drawn = part if report is None else report.merged(part), drawn | new
+            write_json(out / "report.json", {"request": request, "images": sorted(drawn), "report": report.to_dict()})
     shown = [Image.open(_file(out, i)) for i in range(min(count, GRID_IMAGES))]
-    _save_aside(grid(shown, columns=min(10, len(classes or [])) or 10), out / "grid.png")
+    write_aside(out / "grid.png", partial(grid(shown, columns=min(10, len(classes or [])) or 10).save, format="PNG"))
     assert report is not None
     return report
 
@@ -89,19 +88,21 @@ def _file(out: Path, index: int) -> Path:
     return out / f"{index:06d}.png"
 
 
-def _save_aside(image: Image.Image, path: Path) -> None:
-    aside = path.with_name(f".{path.name}.writing")
-    image.save(aside, format="PNG")
-    aside.replace(path)
+def _drawn(out: Path) -> tuple[set[int], Report | None]:
+    """The images that the report in `out` covers, and the report. Others are drawn, or drawn again."""
+    path = out / "report.json"
+    if not path.is_file():
+        return set(), None
+    kept = read_json(path)
+    return set(kept["images"]), Report.from_dict(kept["report"])
 
 
 def _claim(out: Path, request: dict[str, Any]) -> None:
     """Make `out` the folder of this request, or find that it is already."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "request.json"
-    text = json.dumps(request, indent=1) + "\n"
     if path.is_file():
-        old = json.loads(path.read_text())
+        old = read_json(path)
         changed = [
             f"{key} was {old.get(key)!r}, is {value!r}" for key, value in request.items() if old.get(key) != value
         ]
@@ -109,4 +110,4 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
             raise ValueError(f"{out} holds images of another request: {'; '.join(changed)}. Choose another --out")
     elif any(out.glob("*.png")):
         raise ValueError(f"{out} holds images already: choose another --out")
-    write_aside(path, text)
+    write_json(path, request)

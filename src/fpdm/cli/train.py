@@ -10,13 +10,13 @@ the same command goes on.
 """
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from fpdm.cli.quiet import quiet_libraries
+from fpdm.files import check_writable
 from fpdm.recipes import RECIPES, recipe
 from fpdm.training.adopt import fields_of
 from fpdm.training.config import Config, groups, value_type
@@ -52,8 +52,9 @@ def run(options: argparse.Namespace) -> int:
     if main_process:
         print(trainer.summary(), flush=True)
     outcome = trainer.run()
+    broken = trainer.all_broken()
     if main_process:
-        print(closing_words(outcome, trainer.step, path, trainer.broken))
+        print(closing_words(outcome, trainer.step, path, broken))
     return 130 if outcome == "interrupted" else 0
 
 
@@ -61,6 +62,10 @@ def resolve(options: argparse.Namespace) -> Config:
     """The config: the recipe's, then what a model to fine-tune dictates, then what the command line says."""
     given = {name.removeprefix("field_"): value for name, value in vars(options).items() if name.startswith("field_")}
     adopted = fields_of(given["init_from"]) if given.get("init_from") else {}
+    for name, value in adopted.items():
+        if name in given and given[name] != value:
+            folder = given["init_from"]
+            raise ValueError(f"{name} is {value} in {folder}, not {given[name]}: leave it or --init-from out")
     return recipe(options.recipe).with_fields(**{**adopted, **given})
 
 
@@ -87,12 +92,3 @@ def closing_words(outcome: str, step: int, path: Path, broken: list[str]) -> str
         f"The model is in {path / 'pipeline'}; draw from it with: fpdm sample {path} --budget 160 --out samples"
     )
     return "\n".join(lines)
-
-
-def check_writable(path: Path) -> None:
-    """Raises OSError if a folder at `path` cannot be made or written to."""
-    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"{there} is a file: choose another place with --runs-dir or --out")
-    if not os.access(there, os.W_OK):
-        raise PermissionError(f"{there} cannot be written to: choose another place with --runs-dir or --out")

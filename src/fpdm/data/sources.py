@@ -144,7 +144,7 @@ class ImageFolder:
         path = self.root / self.names[index]
         try:
             with Image.open(path) as file:
-                image = eight_bits(ImageOps.exif_transpose(file)).convert("L" if self.channels == 1 else "RGB")
+                image = opaque(eight_bits(ImageOps.exif_transpose(file))).convert("L" if self.channels == 1 else "RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise BrokenImage(f"{self.names[index]}: {error}") from error
         return image, self.labels[index]
@@ -157,6 +157,14 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no known range: save them with 8 or 16 bits")
     return image
+
+
+def opaque(image: Image.Image) -> Image.Image:
+    """An image on white where it is transparent: the colours hidden there mean nothing."""
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
 def _image_files(root: Path) -> list[str]:

@@ -22,13 +22,33 @@ MOST_BROKEN = 100  # unreadable images in a row after which a data set is given 
 
 
 class Batch(NamedTuple):
-    """images (B, C, H, W) float32 in [-1, 1], labels (B,) int64, slots in the global batch, unreadable files met."""
+    """Part of a step's batch.
+
+    step     of the training
+    slots    places in the step's whole batch
+    images   (B, C, H, W) float32 in [-1, 1]
+    labels   (B,) int64
+    broken   unreadable files met
+    failure  why there are no images: a message to be raised by the main process, where it is one line
+    """
 
     step: int
     slots: list[int]
     images: Tensor
     labels: Tensor
     broken: list[str]
+    failure: str | None
+
+
+class Item(NamedTuple):
+    """One image of a batch: see `Batch`."""
+
+    step: int
+    slot: int
+    image: Tensor
+    label: int
+    broken: list[str]
+    failure: str | None = None
 
 
 @lru_cache(maxsize=2)  # the end of one epoch and the start of the next
@@ -44,7 +64,7 @@ class Stream(Dataset):
         self.source, self.batch_size, self.image_size = source, batch_size, image_size
         self.crop, self.flip, self.seed = crop, flip, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[int, int, Tensor, int, list[str]]:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         step, slot = key
         epoch, place = divmod(step * self.batch_size + slot, len(self.source))
         index, broken = int(epoch_order(len(self.source), self.seed, epoch)[place]), []
@@ -56,9 +76,10 @@ class Stream(Dataset):
                 broken.append(str(error))
                 index = (index + 1) % len(self.source)
                 if len(broken) >= min(MOST_BROKEN, len(self.source)):
-                    raise ValueError(f"{len(broken)} images in a row cannot be read, the last {error}") from error
+                    failure = f"{len(broken)} images in a row cannot be read, the last {error}"
+                    return Item(step, slot, torch.zeros(()), 0, broken, failure)
         chance = generator(self.seed, "augment", step, slot)
-        return step, slot, prepare(image, self.image_size, self.crop, self.flip, chance), label, broken
+        return Item(step, slot, prepare(image, self.image_size, self.crop, self.flip, chance), label, broken)
 
 
 class Slots(Sampler[list[tuple[int, int]]]):
@@ -83,11 +104,12 @@ class Slots(Sampler[list[tuple[int, int]]]):
                 yield [(step, slot) for slot in range(first, first + self.size)]
 
 
-def collate(items: list[tuple[int, int, Tensor, int, list[str]]]) -> Batch:
-    steps, slots, images, labels, broken = zip(*items, strict=True)
-    return Batch(
-        steps[0], list(slots), torch.stack(images), torch.tensor(labels), [name for names in broken for name in names]
-    )
+def collate(items: list[Item]) -> Batch:
+    failure = next((item.failure for item in items if item.failure is not None), None)
+    images = torch.stack([item.image for item in items]) if failure is None else torch.empty(0)
+    labels = torch.tensor([item.label for item in items])
+    broken = [name for item in items for name in item.broken]
+    return Batch(items[0].step, [item.slot for item in items], images, labels, broken, failure)
 
 
 def loader(stream: Stream, slots: Slots, workers: int, pin_memory: bool) -> DataLoader:

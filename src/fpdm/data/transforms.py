@@ -10,20 +10,18 @@ from torch import Tensor
 CROPS = ("center", "random")
 
 
-def shrink(image: Image.Image, shorter: int) -> Image.Image:
-    """Resize so that the shorter side is `shorter`: by halves with a box filter while it can, which averages areas,
-    then bicubic (the down-sampling of Dhariwal and Nichol 2021)."""
-    while min(image.size) >= 2 * shorter:
+def resize(image: Image.Image, size: int) -> Image.Image:
+    """A square image at another size: by halves with a box filter while it can, which averages areas, then bicubic (the
+    down-sampling of Dhariwal and Nichol 2021)."""
+    while image.width >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = shorter / min(image.size)
-    size = max(shorter, round(image.width * scale)), max(shorter, round(image.height * scale))
-    return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
+    return image if image.width == size else image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 def prepare(image: Image.Image, size: int, crop: str, flip: bool, generator: torch.Generator) -> Tensor:
     """The image as (C, size, size) float32 in [-1, 1].
 
-    crop  "center", or "random": a random square of at least 0.8 of the shorter side
+    crop  "center": the largest square in the middle; "random": a square anywhere, at least 0.8 of the shorter side
     flip  mirror left and right with probability 1/2
 
     All chance comes from `generator`; the same numbers are drawn whatever the settings.
@@ -31,9 +29,10 @@ def prepare(image: Image.Image, size: int, crop: str, flip: bool, generator: tor
     zoom, across, down, mirror = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
     if crop == "center":
         zoom, across, down = 0.0, 0.5, 0.5
-    image = shrink(image, math.floor(size * (1 + zoom * 0.25)))
-    left, top = round(across * (image.width - size)), round(down * (image.height - size))
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    side = math.ceil(min(image.size) * (1 - 0.2 * zoom))
+    left, top = round(across * (image.width - side)), round(down * (image.height - side))
+    # Cropped first: a long strip would be resized to far more than is used.
+    pixels = np.asarray(resize(image.crop((left, top, left + side, top + side)), size))
     if flip and mirror < 0.5:
         pixels = pixels[:, ::-1]
     channels_first = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -126,9 +126,10 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) ->
     """
     inverse = (-0.5 * log_variance).exp()
     above, below = (x - mean + 1 / 255) * inverse, (x - mean - 1 / 255) * inverse
-    inside = (torch.special.ndtr(above) - torch.special.ndtr(below)).clamp_min(1e-12).log()
-    inside = torch.where(x < -0.999, torch.special.log_ndtr(above), inside)
-    return torch.where(x > 0.999, torch.special.log_ndtr(-below), inside)
+    # Not log_ndtr, which MPS lacks; clamped alike everywhere, so that no bin has an infinite loss.
+    inside = torch.special.ndtr(above) - torch.special.ndtr(below)
+    inside = torch.where(x < -0.999, torch.special.ndtr(above), inside)
+    return torch.where(x > 0.999, torch.special.ndtr(-below), inside).clamp_min(1e-12).log()
 
 
 def _column(vector: Tensor, like: Tensor) -> Tensor:

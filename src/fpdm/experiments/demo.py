@@ -21,7 +21,7 @@ def run_demo(out: Path, steps: int | None = None) -> int:
     """Train the digits recipe in `out`/run (or go on with it), draw, print the table, write `out`/demo.png."""
     needs("matplotlib", "plots")
     config = recipe("digits")
-    trainer = Trainer(config.with_fields(steps=steps) if steps else config, out / "run")
+    trainer = Trainer(config if steps is None else config.with_fields(steps=steps), out / "run")
     print(trainer.summary(), flush=True)
     if trainer.run() == "interrupted":
         print(f"Saved at step {trainer.step}. The same command goes on from there.")

@@ -11,7 +11,7 @@ from fpdm.fixedpoint.solvers import Picard, Solver
 from fpdm.fixedpoint.stopping import FixedIterations, Stopping
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Solve:
     """How a fixed point is to be found, when to stop, and how to differentiate through it.
 

@@ -4,6 +4,7 @@ The configuration is read from the metadata of the safetensors file, so nothing 
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ PREFIXES = {
 }
 
 
+FIXED_POINT = (
+    "fixed_point", "fixed_point_pre_depth", "fixed_point_post_depth", "fixed_point_reuse_solution",
+    "fixed_point_no_grad_min_iters", "fixed_point_no_grad_max_iters", "fixed_point_with_grad_min_iters",
+    "fixed_point_with_grad_max_iters", "fixed_point_pre_post_timestep_conditioning",
+)  # fmt: skip
+
+
 def load_paper_file(path: str | Path) -> FixedPointDiT | DiT:
     """The network in a safetensors file whose weights lie under `model.` and whose metadata holds `config` as JSON.
 
@@ -40,7 +48,8 @@ def load_paper_file(path: str | Path) -> FixedPointDiT | DiT:
     try:
         with safe_open(path, framework="pt") as file:
             config = json.loads((file.metadata() or {})["config"])
-            weights = {key[6:]: file.get_tensor(key) for key in file.keys() if key.startswith("model.")}  # noqa: SIM118
+            keys = [key for key in file.keys() if not re.match(r"call\d+\.", key)]  # noqa: SIM118
+            weights = {key.removeprefix("model."): file.get_tensor(key) for key in keys}
     except FileNotFoundError:
         raise
     except KeyError:
@@ -66,6 +75,8 @@ def _network(config: dict[str, Any]) -> FixedPointDiT | DiT:
         "hidden_size": "hidden_size", "num_heads": "num_heads", "num_classes": "num_classes",
         "learned_variance": "learn_sigma",
     }  # fmt: skip
+    if strange := sorted(config.keys() - {*known.values(), "depth", "use_gradient_checkpointing", *FIXED_POINT}):
+        raise ValueError(f"the configuration has settings that are not known here: {strange}")
     missing = [name for name in (*known.values(), "depth") if name not in config]
     if missing:
         raise ValueError(f"the configuration lacks {missing}")
@@ -100,10 +111,10 @@ def _paper_layout(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _load(model: Denoiser, weights: dict[str, Tensor], path: str | Path) -> None:
     """Copy `weights` into `model`; every mismatch is named as the file names it."""
     wanted = _paper_layout(model.state_dict())
-    _check_positions(weights, model.patch_embed.get_buffer("positions"))
+    wanted["pos_embed"] = model.patch_embed.get_buffer("positions")
     problems = {
         "missing": sorted(wanted.keys() - weights.keys()),
-        "extra": sorted(weights.keys() - wanted.keys() - {"pos_embed"}),
+        "extra": sorted(weights.keys() - wanted.keys()),
         "misshaped": [
             f"{key} {tuple(weights[key].shape)}, not {tuple(wanted[key].shape)}"
             for key in sorted(wanted.keys() & weights.keys())
@@ -114,6 +125,7 @@ def _load(model: Denoiser, weights: dict[str, Tensor], path: str | Path) -> None
         listed = "; ".join(f"{kind}: {', '.join(keys)}" for kind, keys in problems.items() if keys)
         raise ValueError(f"the weights in {path} do not fit its configuration. {listed}")
 
+    _check_positions(weights["pos_embed"], wanted["pos_embed"])
     state = {}
     for key in model.state_dict():
         if key == "core.inject_z.weight":
@@ -125,10 +137,7 @@ def _load(model: Denoiser, weights: dict[str, Tensor], path: str | Path) -> None
     model.load_state_dict(state)
 
 
-def _check_positions(weights: dict[str, Tensor], ours: Tensor) -> None:
+def _check_positions(theirs: Tensor, ours: Tensor) -> None:
     """Positions are fixed, so ours are computed; a file whose own differ was made for another network."""
-    theirs = weights.get("pos_embed")
-    atol = 1e-5 if theirs is None else max(1e-5, torch.finfo(theirs.dtype).eps)
-    if theirs is None or theirs.shape != ours.shape or not torch.allclose(theirs.float(), ours, atol=atol):
-        found = "missing" if theirs is None else f"{tuple(theirs.shape)}"
-        raise ValueError(f"pos_embed is {found}; expected the sine-cosine table {tuple(ours.shape)}")
+    if not torch.allclose(theirs.float(), ours, atol=max(1e-5, torch.finfo(theirs.dtype).eps)):
+        raise ValueError(f"pos_embed is not the sine-cosine table {tuple(ours.shape)} that this network has")

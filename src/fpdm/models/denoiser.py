@@ -37,7 +37,7 @@ class Denoiser(ModelMixin, ConfigMixin):
     """The base of `DiT` and `FixedPointDiT`. A network holds weights and nothing else: no state between calls."""
 
     _supports_gradient_checkpointing = False
-    _no_split_modules = ["Block"]
+    _no_split_modules = ["FixedPointCore", "Block"]  # their parts are called from outside forward, too
     config_name = "config.json"
 
     def _build(self, sample_size: int, patch_size: int, in_channels: int, hidden_size: int, num_heads: int) -> None:

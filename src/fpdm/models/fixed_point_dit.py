@@ -113,8 +113,8 @@ class FixedPointDiT(Denoiser):
     ) -> Output:
         """Predict from `x` (B, C, H, W), `t` (B,) or one number in [0, 1000), `y` (B,) int64 or None for no class.
 
-        `iterations` is short for `solve=Solve(FixedIterations(iterations))`: one of the two is needed. `init` (B, N, D)
-        is where z starts, `solution.value` of another call for instance; without it z starts at u.
+        `iterations` is short for `solve=Solve(stopping=FixedIterations(iterations))`: one of the two is needed. `init`
+        (B, N, D) is where z starts, `solution.value` of another call for instance; without it z starts at u.
         Raises ValueError if both or neither of iterations and solve are given, or for a misshaped x or init.
         """
         # fmt: off
@@ -136,7 +136,7 @@ class FixedPointDiT(Denoiser):
 def _one_of(iterations: int | None, solve: Solve | None) -> Solve:
     if (iterations is None) == (solve is None):
         raise ValueError("a fixed point network needs one of `iterations` (a number) and `solve` (a Solve)")
-    return solve or Solve(FixedIterations(iterations))  # type: ignore[arg-type]
+    return solve or Solve(stopping=FixedIterations(iterations))  # type: ignore[arg-type]
 
 
 def _fitting(init: Tensor, u: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ def make_plan(
     if cost.per_iteration == 0:
         _refuse_allocation(allocation, "an explicit DiT")
         return _explicit_plan(cost, budget, num_steps, iterations, max_steps)
+    iterations = getattr(iterations, "tolist", lambda: iterations)()  # NumPy's arrays and numbers
     if isinstance(iterations, Sequence):
         _refuse_allocation(allocation, "a list of iterations")
         return _listed_plan(cost, budget, num_steps, list(iterations), max_steps)
@@ -101,7 +102,11 @@ def make_plan(
         raise ValueError(
             f"a budget of {budget} block passes is too small: {num_steps} timesteps need at least {smallest} "
             f"({cost.fixed} outside the fixed point and {cost.per_iteration} for one iteration, at each). "
-            f"Raise the budget to {smallest} or take at most {max(1, budget // cost.passes(1))} timesteps"
+            + (
+                f"Raise it to {smallest}"
+                if budget < cost.passes(1)
+                else f"Raise it to {smallest}, or take at most {budget // cost.passes(1)} timesteps"
+            )
         )
     total = (budget - num_steps * cost.fixed) // cost.per_iteration
     shares = apportion(total, _weights(allocation, num_steps))

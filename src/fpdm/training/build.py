@@ -7,12 +7,13 @@ import torch
 from fpdm.data import ImageFolder, Source, digits, idx_folder
 from fpdm.data.sources import BrokenImage
 from fpdm.diffusion import DiffusionLoss, make_schedule
+from fpdm.files import model_folder
 from fpdm.fixedpoint import Solve, StochasticJacobianFree
 from fpdm.keyed import seed_of
 from fpdm.models import Denoiser, DiT, FixedPointDiT
 from fpdm.models.presets import preset
 from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.training.config import Config, DataConfig
+from fpdm.training.config import Config, DataConfig, ModelConfig
 
 FIRST_LOOK = 100  # images tried before a data set counts as unreadable
 
@@ -77,6 +78,7 @@ def build_model(config: Config, source: Source) -> Denoiser:
     sizes = dict.fromkeys(("hidden_size", "num_heads", "patch_size", "depth"))
     sizes |= preset(wanted.model) if wanted.model else {}
     sizes |= {name: value for name in sizes if (value := getattr(wanted, name)) is not None}
+    check_used(config, source)
     if wanted.network == "fpdm":
         del sizes["depth"]
     if missing := [name for name, value in sizes.items() if value is None]:
@@ -96,12 +98,25 @@ def build_model(config: Config, source: Source) -> Denoiser:
         return FixedPointDiT(**settings, **{name: getattr(wanted, name) for name in names})
 
 
+def check_used(config: Config, source: Source) -> None:
+    """Raises ValueError for a setting that would have no effect: it was meant to have one."""
+    if config.data.channels != source.channels:
+        raise ValueError(f"channels is {config.data.channels}, and these images have {source.channels}")
+    if config.model.network == "fpdm":
+        if config.model.depth is not None:
+            raise ValueError("depth belongs to an explicit DiT; a fixed point network has num_pre, num_core, num_post")
+        return
+    for name in ("num_pre", "num_core", "num_post", "time_in_pre_post"):
+        if getattr(config.model, name) != getattr(ModelConfig(), name):
+            raise ValueError(f"{name} belongs to a fixed point network; an explicit DiT has a depth")
+
+
 def load_pretrained(model: Denoiser, folder: str, source: Source) -> None:
     """Copy the weights of a model folder into `model`. Where the classes are others, labels start anew.
 
     Raises ValueError if the networks differ in anything else, naming the settings.
     """
-    pipeline = FixedPointDiTPipeline.from_pretrained(folder)
+    pipeline = FixedPointDiTPipeline.from_pretrained(model_folder(folder))
     old = pipeline.transformer
     keys = [key for key in {**old.config, **model.config} if not key.startswith("_") and key != "num_classes"]
     if type(old) is not type(model):

@@ -122,7 +122,7 @@ class Config:
 # `data` is a path; the images themselves are compared by fingerprint.
 CHANGEABLE = {
     "steps", "log_every", "sample_every", "sample_budget", "checkpoint_every", "keep_checkpoints", "workers", "device",
-    "accumulation", "tracker", "data",
+    "tracker", "data",
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ run is its weights, their average, the optimiser's moments, and the sums that th
 """
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,9 +15,12 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, gather_object
 from tqdm import tqdm
 
 from fpdm.data import Batch, Slots, Stream, loader
+from fpdm.devices import pick_device
+from fpdm.files import read_json, write_json
 from fpdm.imaging import grid
 from fpdm.keyed import generator
 from fpdm.models import Denoiser, FixedPointDiT
@@ -30,9 +34,11 @@ from fpdm.training.ema import Ema
 from fpdm.training.interrupt import Interrupt, deferred_interrupts
 from fpdm.training.rundir import RunDir
 
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 METERS = ("loss", "mse", "vlb", "grad_norm")
 STATUS_EVERY = 10  # steps between looks, over all processes, at whether one was asked to stop
 GRID_IMAGES = 40
+TRAINING = "training.json"  # in the pipeline folder: the step and config it comes from
 
 
 class Trainer:
@@ -45,6 +51,8 @@ class Trainer:
         self.accelerator = make_accelerator(config, Path(path))
         self._slots(0)  # refuses a batch that cannot be shared out
         self.dir = RunDir(path, config, self.parts.source.fingerprint)
+        check_space(self.dir.path, self.parts.model, config.run.keep_checkpoints)
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
             self.dir.create()
         self.accelerator.wait_for_everyone()
@@ -82,13 +90,14 @@ class Trainer:
         self._restore()
         last = self.config.optimizer.steps
         if self.step >= last:
-            if not self.dir.pipeline.is_dir():
+            if self._exported_step() != self.step:
                 self._export()
             return "already finished"
         with deferred_interrupts() as interrupt, self._tracker(), self._bar() as bar:
             asked = self._train(interrupt, bar)
-        self._save()
-        self._export()
+            if self.step % self.config.run.checkpoint_every:
+                self._save()
+            self._export()
         return "interrupted" if asked and self.step < last else "finished"
 
     def _train(self, interrupt: Interrupt, bar: tqdm) -> bool:
@@ -126,6 +135,9 @@ class Trainer:
         # Drawn once per step and alike on all processes, so that all do the same work.
         solve = self.parts.solve(generator(self.config.run.seed, "iterations", self.step))
         for i, batch in enumerate(batches):
+            assert batch.step == self.step, f"a batch of step {batch.step} came at step {self.step}"
+            if batch.failure is not None:
+                raise ValueError(batch.failure)
             self.broken += [name for name in batch.broken if name not in self.broken]
             ready = i == len(batches) - 1
             with nullcontext() if ready else self.accelerator.no_sync(self.model):
@@ -187,7 +199,7 @@ class Trainer:
             "step": self.step,
             **values,
             "lr": learning_rate(self.config, self.step - 1),
-            "broken_images": len(self.broken),
+            "broken_images": len(self.all_broken()),
             "images_per_second": round(rate, 1),
             "seconds": round(seconds, 2),
         }
@@ -215,11 +227,11 @@ class Trainer:
         labels = [i % classes for i in range(count)] if classes else None
         pipe.set_progress_bar_config(disable=True)
         budget = max(self.config.run.sample_budget, pipe.plan(num_steps=1).planned)
-        images = pipe(labels, 1 if labels else count, budget=budget, seed=self.config.run.seed).images
+        images = pipe(labels, count, budget=budget, seed=self.config.run.seed).images
         grid(images, columns=10).save(self.dir.samples / f"step-{self.step:08d}.png")
 
     def _save(self) -> None:
-        state = {"sums": self._sums().tolist(), "summed": self.summed, "broken": self.broken}
+        state = {"sums": self._sums().tolist(), "summed": self.summed, "broken": self.all_broken()}
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.optimizer
             keep = self.config.run.keep_checkpoints
@@ -227,19 +239,32 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _restore(self) -> None:
-        steps = checkpoints.all_steps(self.dir.checkpoints)
-        if steps:
-            optimizer = self.optimizer.optimizer
-            state = checkpoints.load(self.dir.checkpoints, steps[-1], self.net, self.ema.model, optimizer)
+        optimizer, say = self.optimizer.optimizer, self.accelerator.print
+        state = checkpoints.load_newest(self.dir.checkpoints, self.net, self.ema.model, optimizer, say)
+        if state is not None:
             self.step, self.summed, self.broken = state["step"], state["summed"], state["broken"]
             self.sums.copy_(torch.tensor(state["sums"]))
         if self.accelerator.is_main_process:
             self.dir.cut_log(self.step)
 
     def _export(self) -> None:
-        """The averaged weights as a pipeline folder."""
+        """The averaged weights as a pipeline folder, with a note of what it was made from."""
+
+        def write(folder: Path) -> None:
+            self._pipeline().save_pretrained(folder)
+            write_json(folder / TRAINING, {"step": self.step, **self.config.to_dict()})
+
         if self.accelerator.is_main_process:
-            checkpoints.replace_folder(self.dir.pipeline, self._pipeline().save_pretrained)
+            checkpoints.replace_folder(self.dir.pipeline, write)
+        self.accelerator.wait_for_everyone()
+
+    def _exported_step(self) -> int | None:
+        note = self.dir.pipeline / TRAINING
+        return read_json(note)["step"] if note.is_file() else None
+
+    def all_broken(self) -> list[str]:
+        """The unreadable images that any process has met."""
+        return sorted(set(gather_object(self.broken)))
 
     def _pipeline(self) -> FixedPointDiTPipeline:
         names = self.parts.source.class_names if self.net.config.num_classes else None
@@ -278,13 +303,25 @@ def learning_rate(config: Config, step: int) -> float:
 
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """accelerate's view of the devices. Raises ValueError for a device that is not there."""
-    device = config.run.device
-    there = {"auto": True, "cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there[device]:
-        raise ValueError(f"device {device!r} is not available here; those that are: {[d for d in there if there[d]]}")
+    cpu = pick_device(config.run.device) == "cpu"
     tracker = None if config.run.tracker == "none" else config.run.tracker
     if tracker is not None:
         needs("tensorboard", "tensorboard")  # accelerate would go on without it, in silence
-    return Accelerator(
-        cpu=device == "cpu", mixed_precision=config.run.mixed_precision, log_with=tracker, project_dir=folder
-    )
+    precision = config.run.mixed_precision
+    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=tracker, project_dir=folder)
+    if accelerator.distributed_type not in SUPPORTED:
+        raise ValueError(f"{accelerator.distributed_type} is not supported: launch on one device, or with plain DDP")
+    return accelerator
+
+
+def check_space(folder: Path, model: Denoiser, checkpoints: int) -> None:
+    """Raises OSError if the disk has no room for the checkpoints and the model. A checkpoint holds weights, average and
+    AdamW's two moments in float32; one more than are kept is there for a moment."""
+    needed = 4 * sum(p.numel() for p in model.parameters()) * (4 * (checkpoints + 1) + 2)
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(
+            f"{there} has {free / 1e6:.0f} MB free; {checkpoints} checkpoints and the model need "
+            f"{needed / 1e6:.0f} MB: make room, choose another --runs-dir, or keep fewer with --keep-checkpoints"
+        )

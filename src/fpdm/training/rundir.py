@@ -4,10 +4,10 @@ runs/NAME/config.json, log.jsonl, checkpoints/, samples/, pipeline/
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from fpdm.files import read_json, write_aside, write_json
 from fpdm.training.config import Config, differences
 
 
@@ -25,7 +25,7 @@ class RunDir:
         settings = self.path / "config.json"
         new = {**config.to_dict(), "data_fingerprint": fingerprint}
         if settings.is_file():
-            self._compare(json.loads(settings.read_text()), new)
+            self._compare(read_json(settings), new)
         elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise ValueError(f"{self.path} is there already and is not a run: choose another --name")
         self._new = new
@@ -34,7 +34,7 @@ class RunDir:
         """Make the folders and write the config. Called by one process only."""
         for folder in (self.path, self.checkpoints, self.samples):
             folder.mkdir(parents=True, exist_ok=True)
-        write_aside(self.path / "config.json", json.dumps(self._new, indent=1) + "\n")
+        write_json(self.path / "config.json", self._new)
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         changed = [f"{name} was {was!r}, is {now!r}" for name, (was, now) in differences(old, new).items()]
@@ -59,18 +59,8 @@ class RunDir:
             if entry["step"] > step:
                 break
             kept.append(line + "\n")
-        write_aside(self.log, "".join(kept))
+        write_aside(self.log, lambda aside: aside.write_text("".join(kept)))
 
     def append_log(self, entry: dict[str, Any]) -> None:
         with self.log.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write a file so that it is there either whole or not at all."""
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

@@ -1,0 +1,69 @@
+"""Files that are there whole or not at all, and folders that hold a model."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fpdm.names import nearest
+
+
+def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
+    """Have `write` make a file beside `path`, sync it, and put it in the place of `path`."""
+    aside = path.with_name(f".{path.name}.writing")
+    write(aside)
+    with aside.open("rb+") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, whole or not at all."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_aside(path, lambda aside: aside.write_text(text))
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file. Raises ValueError naming the file if it is damaged, OSError if it cannot be read."""
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def check_writable(path: Path) -> None:
+    """Raises OSError if a folder at `path` cannot be made or written to, by making a file where it would be."""
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file: choose another place with --runs-dir or --out")
+    try:
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b"\0" * 4096)
+    except OSError as error:
+        raise OSError(f"{there} cannot be written to ({error.strerror}): choose another place") from error
+
+
+def model_folder(name: str) -> str:
+    """The pipeline folder that `name` means: itself, the one inside a run, or a name on the hub, organisation/model.
+
+    Raises ValueError for a local folder that holds no model, or one of another kind.
+    """
+    path = Path(name)
+    for folder in (path, path / "pipeline"):
+        if (folder / "model_index.json").is_file():
+            made_for = read_json(folder / "model_index.json").get("_class_name")
+            if made_for != "FixedPointDiTPipeline":
+                raise ValueError(f"{folder} is a {made_for}, not a FixedPointDiTPipeline")
+            return str(folder)
+    if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
+        raise ValueError(f"{name} is a run without a model yet: let its training end, or interrupt it with Ctrl-C")
+    if path.exists():
+        raise ValueError(f"{name} is not a model folder: it has no model_index.json")
+    first, _, rest = name.partition("/")
+    if not first or not rest or "/" in rest or first in (".", "..", "~") or Path(first).exists():
+        near = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else None
+        hint = f" Did you mean {path.parent / near}?" if near else ""
+        raise ValueError(f"there is no folder {name}.{hint}")
+    return name
