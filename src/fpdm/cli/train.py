@@ -52,9 +52,8 @@ def run(options: argparse.Namespace) -> int:
     if main_process:
         print(trainer.summary(), flush=True)
     outcome = trainer.run()
-    broken = trainer.all_broken()
     if main_process:
-        print(closing_words(outcome, trainer.step, path, broken))
+        print(closing_words(outcome, trainer.step, path, trainer.broken))
     return 130 if outcome == "interrupted" else 0
 
 

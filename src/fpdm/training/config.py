@@ -69,7 +69,7 @@ class OptimizerConfig:
     warmup: int = option(0, "steps over which the learning rate rises from 0", least=0)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
     beta2: float = option(0.999, "AdamW's second decay rate", least=0, most=1)
-    grad_clip: float = option(1.0, "largest norm of the gradient", least=0)
+    grad_clip: float = option(1.0, "largest norm of the gradient, 0 for any", least=0)
     ema: float = option(0.9999, "decay of the weights' moving average; rises to this from 0.1", least=0, most=1)
 
 

@@ -98,6 +98,7 @@ class Trainer:
             if self.step % self.config.run.checkpoint_every:
                 self._save()
             self._export()
+            self.broken = self._all_broken()  # while there are other processes to ask
         return "interrupted" if asked and self.step < last else "finished"
 
     def _train(self, interrupt: Interrupt, bar: tqdm) -> bool:
@@ -199,7 +200,7 @@ class Trainer:
             "step": self.step,
             **values,
             "lr": learning_rate(self.config, self.step - 1),
-            "broken_images": len(self.all_broken()),
+            "broken_images": len(self._all_broken()),
             "images_per_second": round(rate, 1),
             "seconds": round(seconds, 2),
         }
@@ -231,7 +232,7 @@ class Trainer:
         grid(images, columns=10).save(self.dir.samples / f"step-{self.step:08d}.png")
 
     def _save(self) -> None:
-        state = {"sums": self._sums().tolist(), "summed": self.summed, "broken": self.all_broken()}
+        state = {"sums": self._sums().tolist(), "summed": self.summed, "broken": self._all_broken()}
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.optimizer
             keep = self.config.run.keep_checkpoints
@@ -262,7 +263,7 @@ class Trainer:
         note = self.dir.pipeline / TRAINING
         return read_json(note)["step"] if note.is_file() else None
 
-    def all_broken(self) -> list[str]:
+    def _all_broken(self) -> list[str]:
         """The unreadable images that any process has met."""
         return sorted(set(gather_object(self.broken)))
 
