@@ -41,8 +41,8 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(number, tmp_path):
     stopped = max(int(path.name[5:]) for path in (tmp_path / "a/digits/checkpoints").iterdir())
 
     steps = ["--steps", str(stopped + 20)]
-    subprocess.run(train(tmp_path / "a", *steps), check=True, capture_output=True)
-    subprocess.run(train(tmp_path / "b", *steps), check=True, capture_output=True)
+    subprocess.run(train(tmp_path / "a", *steps), check=True, capture_output=True, timeout=120)
+    subprocess.run(train(tmp_path / "b", *steps), check=True, capture_output=True, timeout=120)
     resumed, whole = (tensors_of(tmp_path / name / "digits", stopped + 20) for name in "ab")
     assert resumed.keys() == whole.keys()
     assert all(resumed[key].equal(whole[key]) for key in whole)
@@ -50,9 +50,9 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(number, tmp_path):
 
 
 def test_train_sample_and_open_elsewhere(tmp_path):
-    subprocess.run(train(tmp_path, "--steps", "5"), check=True, capture_output=True)
+    subprocess.run(train(tmp_path, "--steps", "5"), check=True, capture_output=True, timeout=120)
     sample = [sys.executable, "-m", "fpdm", "sample", str(tmp_path / "digits"), "--budget", "12", "--num-images", "3"]
-    subprocess.run([*sample, "--out", str(tmp_path / "out")], check=True, capture_output=True)
+    subprocess.run([*sample, "--out", str(tmp_path / "out")], check=True, capture_output=True, timeout=120)
     assert json.loads((tmp_path / "out/report.json").read_text())["report"]["spent"] == 12
 
     code = (
@@ -64,12 +64,12 @@ def test_train_sample_and_open_elsewhere(tmp_path):
         "assert numpy.array_equal(numpy.asarray(image), numpy.asarray(Image.open(sys.argv[2])))\n"
     )
     arguments = [str(tmp_path / "digits/pipeline"), str(tmp_path / "out/000002.png")]
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=120)
 
 
 def test_the_demo_makes_its_table_and_picture(tmp_path):
     demo = [sys.executable, "-m", "fpdm", "demo", "--out", str(tmp_path), "--steps", "3"]
-    said = subprocess.run(demo, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(demo, check=True, capture_output=True, timeout=120, text=True).stdout
     spent = [line.split() for line in said.splitlines() if " x " in line and line.strip()[0].isdigit()]
     assert [(row[0], row[-3]) for row in spent] == [("12", "12"), ("48", "48"), ("160", "160")]
     assert (tmp_path / "demo.png").stat().st_size > 10_000
@@ -87,12 +87,14 @@ def test_two_processes_learn_what_one_does(interrupted, tmp_path):
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
         steps = max(int(path.name[5:]) for path in (tmp_path / "two/digits/checkpoints").iterdir()) + 3
-        subprocess.run(train(tmp_path / "two", "--steps", str(steps), *quick), check=True, capture_output=True)
+        subprocess.run(
+            train(tmp_path / "two", "--steps", str(steps), *quick), check=True, capture_output=True, timeout=120
+        )
     else:
         steps = 9
         both = [*launch, "--runs-dir", str(tmp_path / "two"), "--steps", str(steps), *quick]
-        subprocess.run(both, check=True, capture_output=True)
-    subprocess.run(train(tmp_path / "one", "--steps", str(steps), *quick), check=True, capture_output=True)
+        subprocess.run(both, check=True, capture_output=True, timeout=120)
+    subprocess.run(train(tmp_path / "one", "--steps", str(steps), *quick), check=True, capture_output=True, timeout=120)
     one, two = (tensors_of(tmp_path / name / "digits", steps) for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)
