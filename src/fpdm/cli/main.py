@@ -1,6 +1,7 @@
 """Parsing, and what becomes of errors: one clear message and exit status 2, the traceback with --debug."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -57,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fpdm: {unknown('command', words[0], COMMANDS)}", file=sys.stderr)
         return 2
     options = make_parser().parse_args(words)
+    # How long OpenMP's threads (of torch's CPU build) spin before they sleep. By default they spin for so long that one
+    # busy neighbour on two cores makes small networks some 25 times slower; with this some 2.5 times, and alone as fast.
+    os.environ.setdefault("GOMP_SPINCOUNT", "8000")
     try:
         return options.run(options)
     except KeyboardInterrupt:
