@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     options = make_parser().parse_args(words)
     # How long OpenMP's threads (of torch's CPU build) spin before they sleep. By default they spin for so long that one
-    # busy neighbour on two cores makes small networks some 25 times slower; with this some 2.5 times, and alone as fast.
+    # busy neighbour on two cores makes small networks some 25 times slower; with this 2.5 times, and alone as fast.
     os.environ.setdefault("GOMP_SPINCOUNT", "8000")
     try:
         return options.run(options)

@@ -58,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
     }
     classes = parse_classes(options.classes, pipe.transformer.config.num_classes, pipe.class_names)
     report = draw_missing(pipe, out, options.num_images, classes, options.batch_size, choices)
-    print(f"{options.num_images} images in {out}; {report.spent} block passes each, {report.seconds:.1f} s")
+    diverged = f"; {report.diverged} of them diverged" if report.diverged else ""
+    print(f"{options.num_images} images in {out}; {report.spent} block passes each, {report.seconds:.1f} s{diverged}")
     return 0
 
 
