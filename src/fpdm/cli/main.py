@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fpdm: {unknown('command', words[0], COMMANDS)}", file=sys.stderr)
         return 2
     options = make_parser().parse_args(words)
-    # How long OpenMP's threads (of torch's CPU build) spin before they sleep. By default they spin for so long that with
-    # one busy neighbour on two cores `fpdm sample` took ten times as long as with this; alone it makes no difference.
+    # How long OpenMP's threads (of torch's CPU build) spin before they sleep. The default is so long that, beside one
+    # busy process on two cores, `fpdm sample` took ten times as long as with this; alone it makes no difference.
     os.environ.setdefault("GOMP_SPINCOUNT", "8000")
     try:
         return options.run(options)
