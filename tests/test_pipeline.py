@@ -15,18 +15,9 @@ from PIL import Image
 from fpdm import DiT, FixedPointDiT, FixedPointDiTPipeline
 from fpdm.diffusion import make_schedule
 from fpdm.sampling import image_generators, initial_noise
+from tests.networks import SIZES, randomised
 
-SIZES = {"sample_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
 NAMES = ["cat", "dog", "owl"]
-
-
-def randomised(model):
-    """Fresh networks predict 0, whatever they are asked: two of them could not be told apart."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2, generator=generator)
-    return model.eval()
 
 
 def make_pipeline(network=FixedPointDiT, class_names=NAMES, vae=None, **settings):

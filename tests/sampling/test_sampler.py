@@ -11,19 +11,10 @@ from fpdm.diffusion import make_schedule
 from fpdm.models import DiT, FixedPointDiT
 from fpdm.models.layers import Block
 from fpdm.sampling import SCHEDULERS, Stepper, cost_of, image_generators, initial_noise, make_plan, sample
+from tests.networks import SIZES, randomised
 
 # v rather than epsilon, which is divided by 0.006 at the first timestep: rounding would be all that is compared.
 TEMPLATE = make_schedule(prediction_type="v_prediction", clip_sample=True)
-SIZES = {"sample_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 16, "num_heads": 2, "num_classes": 3}
-
-
-def randomised(model):
-    """Zero-initialised gates would make every block the identity, and hide what goes on inside."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.2, generator=generator)
-    return model.eval()
 
 
 def tiny(**settings):
