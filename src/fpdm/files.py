@@ -45,6 +45,12 @@ def check_writable(path: Path) -> None:
         raise OSError(f"{there} cannot be written to ({error.strerror}): choose another place") from error
 
 
+def cache_folder() -> Path:
+    """Where what can be computed again is kept: $FPDM_CACHE, or fpdm in the user's cache folder."""
+    named = os.environ.get("FPDM_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpdm"
+
+
 def model_folder(name: str) -> str:
     """The pipeline folder that `name` means: itself, the one inside a run, or a name on the hub, organisation/model.
 

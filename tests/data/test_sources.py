@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fpdm.data import ArraySource, BrokenImage, ImageFolder, digits, idx_folder
-from fpdm.data.sources import read_idx
+from fpdm.data.arrays import read_idx
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import fpdm
-from fpdm.cli import demo, sample, train
+from fpdm.cli import demo, evaluate, sample, sweep, train
 from fpdm.names import unknown
 
-COMMANDS = {"train": train, "sample": sample, "demo": demo}
+COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "sweep": sweep, "demo": demo}
 INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
 
 

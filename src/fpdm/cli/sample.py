@@ -2,22 +2,31 @@
 
   fpdm sample runs/digits --budget 160 --steps 40 --classes 0-9 --num-images 64 --out samples
 
-writes PNGs, one grid and report.json. The budget counts transformer block passes per image. Run again after an
-interruption, it makes only what is missing.
+writes PNGs, one grid and report.json; with --npz also samples.npz, which the ADM evaluation suite reads. The budget
+counts transformer block passes per image. Run again after an interruption, it makes only what is missing.
 """
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.files import check_writable, model_folder
+
+if TYPE_CHECKING:
+    from fpdm.sampling import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run, a model folder, or a name on the hub")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the images")
-    parser.add_argument("--num-images", type=int, default=16, metavar="N", help="images in all (16)")
+    parser.add_argument("--npz", action="store_true", help="also write samples.npz, in the ADM layout")
+    add_drawing_arguments(parser, num_images=16)
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser, num_images: int) -> None:
+    """What to draw, and at which expense."""
+    parser.add_argument("--num-images", type=int, default=num_images, metavar="N", help=f"in all ({num_images})")
     parser.add_argument("--classes", metavar="LIST", help="such as 0-9 or 3,5 or cat,dog; cycled (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="image i of a seed is always the same (0)")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
@@ -36,31 +45,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    if options.num_images < 1 or options.batch_size < 1:
-        raise ValueError("--num-images and --batch-size must be at least 1")
-    folder = model_folder(options.model)
-    out = Path(options.out)
-    check_writable(out)
-
-    quiet_libraries()
-    from fpdm.cli.sampling import draw_missing, load_pipeline
-
-    pipe = load_pipeline(folder, options.device, options.dtype)
-    choices = {
-        "budget": options.budget,
-        "num_inference_steps": options.steps,
-        "iterations": parse_iterations(options.iterations),
-        "allocation": options.allocation,
-        "reuse": options.reuse,
-        "scheduler": options.scheduler,
-        "guidance_scale": options.guidance_scale,
-        "seed": options.seed,
-    }
-    classes = parse_classes(options.classes, pipe.transformer.config.num_classes, pipe.class_names)
-    report = draw_missing(pipe, out, options.num_images, classes, options.batch_size, choices)
+    report, out = draw(options), Path(options.out)
     diverged = f"; {report.diverged} of them diverged" if report.diverged else ""
     print(f"{options.num_images} images in {out}; {report.spent} block passes each, {report.seconds:.1f} s{diverged}")
     return 0
+
+
+def draw(options: argparse.Namespace) -> "Report":
+    """Draw what the options ask for into the folder --out; the report of it."""
+    check_counts(options)
+    folder, out = model_folder(options.model), Path(options.out)
+    check_writable(out)
+
+    quiet_libraries()
+    from fpdm.drawing import Choices, draw_missing, load_pipeline, write_archive
+
+    pipe = load_pipeline(folder, options.device, options.dtype)
+    choices = Choices(
+        budget=options.budget,
+        num_inference_steps=options.steps,
+        iterations=parse_iterations(options.iterations),
+        allocation=options.allocation,
+        reuse=options.reuse,
+        scheduler=options.scheduler,
+        guidance_scale=options.guidance_scale,
+        seed=options.seed,
+    )
+    classes = parse_classes(options.classes, pipe.transformer.config.num_classes, pipe.class_names)
+    print(f"{choices.plan(pipe)} per image", flush=True)
+    report = draw_missing(pipe, out, options.num_images, classes, options.batch_size, choices)
+    if getattr(options, "npz", False):
+        write_archive(out, options.num_images, classes)
+    return report
+
+
+def check_counts(options: argparse.Namespace, least: int = 1) -> None:
+    if options.num_images < least or options.batch_size < 1:
+        raise ValueError(f"--num-images must be at least {least}, --batch-size at least 1")
 
 
 def parse_iterations(text: str | None) -> int | list[int] | None:

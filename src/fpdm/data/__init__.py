@@ -1,8 +1,9 @@
 """Sources of images and labels, and the keyed stream that training reads."""
 
-from fpdm.data.sources import ArraySource, BrokenImage, ImageFolder, Source, digits, idx_folder
+from fpdm.data.arrays import ArraySource, digits, idx_folder, npz_file, write_npz
+from fpdm.data.sources import BrokenImage, ImageFolder, Source, open_images
 from fpdm.data.stream import Batch, Slots, Stream, loader
-from fpdm.data.transforms import CROPS, prepare
+from fpdm.data.transforms import CROPS, central, image_of, pixels, prepare
 
 __all__ = [
     "CROPS",
@@ -13,8 +14,14 @@ __all__ = [
     "Slots",
     "Source",
     "Stream",
+    "central",
     "digits",
     "idx_folder",
+    "image_of",
     "loader",
+    "npz_file",
+    "open_images",
+    "pixels",
     "prepare",
+    "write_npz",
 ]

@@ -1,15 +1,17 @@
 """Where images come from. A source is indexable, has classes or none, and tells a fingerprint of what it holds."""
 
-import gzip
 import hashlib
 import os
-import zlib
-from importlib.resources import files
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from fpdm.data.arrays import SPLITS as IDX_SPLITS
+from fpdm.data.arrays import digits, holds_idx, idx_folder, npz_file
+from fpdm.names import unknown
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 SPLITS = {"train", "test", "val", "valid", "validation"}
@@ -22,6 +24,7 @@ class BrokenImage(Exception):
 class Source(Protocol):
     """Images with or without classes.
 
+    labels       (N,) of all images; 0 without classes
     class_names  one per class; none for images without classes
     channels     1 (grey) or 3 (RGB) of every image that `load` returns
     fingerprint  changes with the data, not when it is moved: of arrays the contents, of folders the names and sizes
@@ -31,75 +34,37 @@ class Source(Protocol):
     channels: int
     fingerprint: str
 
+    @property
+    def labels(self) -> Sequence[int] | np.ndarray: ...
+
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         """The image and its label (0 without classes). Raises BrokenImage if it cannot be read."""
 
 
-class ArraySource:
-    """Grey images (N, H, W) uint8 and labels (N,) in memory."""
+def open_images(place: str, channels: int = 3, split: str = "train") -> Source:
+    """The images that a word on the command line means: "digits", an `.npz` file, a folder of IDX files or of images.
 
-    channels = 1
+    channels  as which image files are read
+    split     "train" or "test", of IDX files; of other data there is one part only, "train"
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: list[str]):
-        self.images, self.labels, self.class_names = images, labels, class_names
-        digest = hashlib.sha256(repr(images.shape).encode())
-        digest.update(np.ascontiguousarray(images).data)
-        digest.update(np.ascontiguousarray(labels).data)
-        self.fingerprint = digest.hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.images[index]), int(self.labels[index])
-
-
-def digits() -> ArraySource:
-    """The 1,797 handwritten digits, 8 x 8 grey, that the package carries (UCI, CC BY 4.0)."""
-    with (files("fpdm.data") / "digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as data:
-        sixteenths, labels = data["images"], data["labels"]
-    images = np.round(sixteenths * (255 / 16)).astype(np.uint8)
-    return ArraySource(images, labels, [str(digit) for digit in range(10)])
-
-
-def idx_folder(path: str | Path) -> ArraySource:
-    """The images of the MNIST family in `path`: `train-images-idx3-ubyte` and `train-labels-idx1-ubyte`, or `.gz`.
-
-    Raises ValueError if they are not there or damaged.
+    Raises ValueError if there are none.
     """
-    folder = Path(path)
-    images, labels = (read_idx(_idx_file(folder, part)) for part in ("images-idx3", "labels-idx1"))
-    if images.ndim != 3 or labels.shape != images.shape[:1]:
-        raise ValueError(
-            f"{folder}: images of shape {images.shape} and labels of shape {labels.shape} do not go together"
-        )
-    return ArraySource(images, labels, [str(label) for label in range(int(labels.max()) + 1)])
-
-
-def _idx_file(folder: Path, part: str) -> Path:
-    for name in (f"train-{part}-ubyte", f"train-{part}-ubyte.gz"):
-        if (folder / name).is_file():
-            return folder / name
-    found = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
-    raise ValueError(f"{folder} holds no train-{part}-ubyte or train-{part}-ubyte.gz; found: {found}")
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """The array in an IDX file of unsigned bytes. Raises ValueError if the file is damaged."""
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch it again") from error
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{path} is not an IDX file of bytes: it begins with {raw[:4].hex()}")
-    dims = raw[3]
-    shape = tuple(int.from_bytes(raw[4 + 4 * i : 8 + 4 * i], "big") for i in range(dims))
-    body = np.frombuffer(raw, np.uint8, offset=min(len(raw), 4 + 4 * dims))
-    if body.size != np.prod(shape, dtype=np.int64) or not body.size:
-        raise ValueError(f"{path} is truncated: {body.size} bytes for shape {shape}. Fetch it again")
-    return body.reshape(shape)
+    if split not in IDX_SPLITS:
+        raise ValueError(unknown("split", split, IDX_SPLITS))
+    path = Path(place)
+    if path.is_dir() and holds_idx(path):
+        return idx_folder(path, split)
+    if split != "train":
+        raise ValueError(f"{place} has no split {split!r}, only folders of IDX files have: name its folder of images")
+    if place == "digits":
+        return digits()
+    if path.suffix == ".npz" and path.is_file():
+        return npz_file(path)
+    if not path.is_dir():
+        raise ValueError(f"there is no {place}: name a folder of images or IDX files, an .npz file, or digits")
+    return ImageFolder(path, channels)
 
 
 class ImageFolder:

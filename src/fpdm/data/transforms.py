@@ -32,8 +32,26 @@ def prepare(image: Image.Image, size: int, crop: str, flip: bool, generator: tor
     side = math.ceil(min(image.size) * (1 - 0.2 * zoom))
     left, top = round(across * (image.width - side)), round(down * (image.height - side))
     # Cropped first: a long strip would be resized to far more than is used.
-    pixels = np.asarray(resize(image.crop((left, top, left + side, top + side)), size))
-    if flip and mirror < 0.5:
-        pixels = pixels[:, ::-1]
-    channels_first = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(np.array(channels_first, np.float32)) / 127.5 - 1
+    square = resize(image.crop((left, top, left + side, top + side)), size)
+    return pixels(square, mirrored=flip and mirror < 0.5).float() / 127.5 - 1
+
+
+def central(image: Image.Image, size: int) -> Image.Image:
+    """The largest square in the middle, resized: what `prepare` makes of an image with crop "center" and no flip."""
+    side = min(image.size)
+    left, top = round(0.5 * (image.width - side)), round(0.5 * (image.height - side))
+    return resize(image.crop((left, top, left + side, top + side)), size)
+
+
+def image_of(tensor: Tensor) -> Image.Image:
+    """The image of (C, H, W) uint8, C being 1 or 3: `pixels` undone."""
+    array = tensor.numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def pixels(image: Image.Image, mirrored: bool = False) -> Tensor:
+    """The image as (C, H, W) uint8."""
+    array = np.asarray(image)
+    if mirrored:
+        array = array[:, ::-1]
+    return torch.from_numpy(np.array(array[None] if array.ndim == 2 else array.transpose(2, 0, 1)))

@@ -1,6 +1,7 @@
 """How images are drawn under a budget: plan, sampler, report."""
 
 from fpdm.sampling.budget import ALLOCATIONS, DEFAULT_BUDGET, Cost, Plan, apportion, make_plan
+from fpdm.sampling.operations import operations_of, total
 from fpdm.sampling.report import Report
 from fpdm.sampling.sampler import cost_of, image_generators, initial_noise, sample
 from fpdm.sampling.schedulers import SCHEDULERS, Stepper, trailing_timesteps
@@ -18,6 +19,8 @@ __all__ = [
     "image_generators",
     "initial_noise",
     "make_plan",
+    "operations_of",
     "sample",
+    "total",
     "trailing_timesteps",
 ]

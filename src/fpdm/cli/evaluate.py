@@ -1,0 +1,135 @@
+"""Measure how good samples are: Frechet and kernel distance, precision, recall, accuracy, nearest real images.
+
+  fpdm evaluate samples --data digits                    a folder of images, or an .npz file in the ADM layout
+  fpdm evaluate runs/digits --data digits --num-images 1000 --budget 160 --steps 40 --out evaluation
+                                                         draws the samples first, what is missing of them
+
+Each number comes with a 95% interval, and with the same number for one half of the real images against the other: the
+floor. With --out, evaluation.json and nearest.png (the samples nearest to a real image, above it) are written there.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fpdm.cli.quiet import quiet_libraries
+from fpdm.cli.sample import add_drawing_arguments, check_counts, draw
+from fpdm.files import cache_folder, check_writable, model_folder, read_json, write_json
+
+if TYPE_CHECKING:
+    from fpdm.evaluation import Instrument
+
+MODEL_FILES = ("model_index.json", "pipeline", "checkpoints")
+LEAST = 50  # samples to draw of a model
+MIN_REPLICATES = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL_OR_SAMPLES", help="a model, a folder of images, or an .npz file")
+    parser.add_argument("--out", metavar="DIR", help="folder for the result, and for the samples of a model")
+    add_measuring_arguments(parser)
+    add_drawing_arguments(parser, num_images=1000)
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """What samples are measured against, and how."""
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument("--data", required=True, metavar="DATA",
+                           help="real images: a folder of images or of IDX files, an .npz file, or digits")  # fmt: skip
+    measuring.add_argument("--split", default="train", metavar="{train,test}", help="of IDX files (train)")
+    measuring.add_argument("--features", metavar="{classifier,efficientnet-lite0,inception,dinov2}",
+                           help="network to see by (classifier for tiny grey images, or efficientnet-lite0)")  # fmt: skip
+    measuring.add_argument("--weights", metavar="FILE", help="of that network (default: its own)")
+    measuring.add_argument("--statistics", metavar="FILE",
+                           help="of the real images, made if it is not there (default: one in the cache)")  # fmt: skip
+    measuring.add_argument("--replicates", type=int, default=100, metavar="N", help="of the bootstrap (100)")
+
+
+def run(options: argparse.Namespace) -> int:
+    check_measuring(options)
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        check_writable(out)
+    result = evaluate_samples(options, out) if is_samples(options.model) else evaluate_model(options, out)
+    print(result["evaluation"])
+    if out is not None:
+        write_json(out / "evaluation.json", {**result, "evaluation": result["evaluation"].to_dict()})
+        print(f"written: {out / 'evaluation.json'}, {out / 'nearest.png'}")
+    return 0
+
+
+def is_samples(place: str) -> bool:
+    """Whether a place holds samples; else it is to be a model."""
+    path = Path(place)
+    return path.is_file() or (path.is_dir() and not any((path / name).exists() for name in MODEL_FILES))
+
+
+def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str, Any]:
+    path = Path(options.model)
+    refuse_drawing(options)
+    if out is not None and out.resolve() == path.resolve() and not (path / "request.json").is_file():
+        raise ValueError(f"{out} holds the samples, which nearest.png would join: choose another --out")
+    quiet_libraries()
+    from fpdm.evaluation import open_samples
+    from fpdm.machine import made_with
+
+    samples = open_samples(path)
+    instrument = open_instrument(options, samples.size)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+    result = instrument.measure(samples, options.replicates, None if out is None else out / "nearest.png")
+    return {"evaluation": result, "samples": path.name, "made_with": made_with(instrument.extractor.device)}
+
+
+def evaluate_model(options: argparse.Namespace, out: Path | None) -> dict[str, Any]:
+    """Draw what is missing, then measure. What cannot be measured is refused before anything is drawn."""
+    check_counts(options, LEAST)
+    if out is None:
+        raise ValueError("to evaluate a model, name a folder for its samples with --out")
+    folder = model_folder(options.model)
+    quiet_libraries()
+    from fpdm.drawing import load_pipeline, side_of
+    from fpdm.evaluation import open_samples
+    from fpdm.machine import made_with
+
+    pipe = load_pipeline(folder, options.device, options.dtype)
+    instrument = open_instrument(options, side_of(pipe))
+    report = draw(options)
+    samples = open_samples(out, options.num_images)
+    result = instrument.measure(samples, options.replicates, out / "nearest.png")
+    return {
+        "evaluation": result,
+        "request": read_json(out / "request.json"),
+        "report": report.to_dict(),
+        "made_with": made_with(instrument.extractor.device),
+    }
+
+
+def open_instrument(options: argparse.Namespace, size: int) -> "Instrument":
+    from fpdm.devices import pick_device
+    from fpdm.evaluation import Instrument
+
+    return Instrument.open(
+        options.data,
+        size,
+        split=options.split,
+        features=options.features,
+        weights=options.weights,
+        statistics=None if options.statistics is None else Path(options.statistics),
+        cache=cache_folder(),
+        device=pick_device(options.device),
+    )
+
+
+def check_measuring(options: argparse.Namespace) -> None:
+    if options.replicates < MIN_REPLICATES:
+        raise ValueError(f"--replicates is {options.replicates}; an interval takes at least {MIN_REPLICATES}")
+
+
+def refuse_drawing(options: argparse.Namespace) -> None:
+    """Raises ValueError for options of drawing where there are samples already."""
+    for name in ("num_images", "classes", "seed", "budget", "steps", "iterations", "allocation", "reuse", "scheduler",
+                 "guidance_scale"):  # fmt: skip
+        if getattr(options, name) != options.parser.get_default(name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"{options.model} holds samples, which are measured as they are: leave {flag} out")

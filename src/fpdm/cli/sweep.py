@@ -1,0 +1,83 @@
+"""Measure quality against compute: models x budgets x schedulers, with a report that opens in a browser.
+
+  fpdm sweep runs/digits runs/dit8 --data digits --budgets 24,40,80,160,320,560 --schedulers ddpm,ddim,dpm++ --out sweep
+
+Each point is kept as JSON in OUT/points as soon as it is measured, and OUT/report.html shows all of them. Ctrl-C stops;
+the same command goes on, and further models, budgets and schedulers may be added.
+"""
+
+import argparse
+from pathlib import Path
+
+from fpdm.cli.evaluate import LEAST, add_measuring_arguments, check_measuring
+from fpdm.cli.quiet import quiet_libraries
+from fpdm.cli.sample import check_counts
+from fpdm.files import cache_folder, check_writable
+from fpdm.names import needs
+
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="runs or model folders, or LABEL=PATH")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for points, grids and the report")
+    points = parser.add_argument_group("points")
+    points.add_argument("--budgets", default="24,40,80,160,320,560", metavar="N,N...",
+                        help="block passes per image (24,40,80,160,320,560)")  # fmt: skip
+    points.add_argument("--schedulers", default="ddpm,ddim,dpm++", metavar="NAME,...", help="(ddpm,ddim,dpm++)")
+    points.add_argument("--iterations", metavar="N,N...",
+                        help="per timestep; each makes a plan of every budget (default: one default plan)")  # fmt: skip
+    points.add_argument("--allocation", default="constant", metavar="{constant,rising,falling}",
+                        help="iterations over the timesteps, from noise to image (constant)")  # fmt: skip
+    points.add_argument("--reuse", action=argparse.BooleanOptionalAction, default=True,
+                        help="start each solve from the one before (yes)")  # fmt: skip
+    points.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="1 for none (1)")
+    points.add_argument("--num-images", type=int, default=1000, metavar="N", help="samples per point (1000)")
+    points.add_argument("--seed", type=int, default=0, help="of the samples (0)")
+    add_measuring_arguments(parser)
+    computing = parser.add_argument_group("computing")
+    computing.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
+    computing.add_argument("--processes", type=int, default=1, metavar="N", help="points at a time (1)")
+    computing.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    computing.add_argument("--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="of the weights")
+
+
+def run(options: argparse.Namespace) -> int:
+    check_measuring(options)
+    check_counts(options, LEAST)
+    if options.processes < 1:
+        raise ValueError(f"--processes is {options.processes}; it must be at least 1")
+    budgets = numbers("--budgets", options.budgets)
+    iterations = None if options.iterations is None else numbers("--iterations", options.iterations)
+    out = Path(options.out)
+    check_writable(out)
+    needs("matplotlib", "plots")
+
+    quiet_libraries()
+    from fpdm.experiments.page import write_report
+    from fpdm.experiments.sweep import Settings, all_points, run_sweep
+
+    names = [name for name in Settings.__dataclass_fields__ if hasattr(options, name)]
+    settings = Settings(cache=str(cache_folder()), **{name: getattr(options, name) for name in names})
+    schedulers = list(dict.fromkeys(options.schedulers.split(",")))
+    status = 0
+    try:
+        run_sweep(options.models, budgets, schedulers, iterations, settings, out, options.processes)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from here")
+        status = INTERRUPTED
+    points = all_points(out)
+    if points:
+        print(f"{len(points)} points in {write_report(points, out)}")
+    return status
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers of at least 1 from "24,40"; each once, in order. Raises ValueError for others."""
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = [0]
+    if found[0] < 1:
+        raise ValueError(f"{option} is {text!r}; it must be whole numbers of at least 1, joined by commas")
+    return found

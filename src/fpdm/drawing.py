@@ -1,0 +1,161 @@
+"""Many images of one request into one folder: numbered PNGs, a grid, request.json, report.json. What is there already
+is not drawn again, so an interruption costs one batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from fpdm.data import write_npz
+from fpdm.devices import pick_device
+from fpdm.files import read_json, write_aside, write_json
+from fpdm.imaging import grid
+from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.sampling import Plan, Report
+from fpdm.weights import digest
+
+GRID_IMAGES = 100
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How images are drawn: the keyword arguments of the pipeline's call, and a seed."""
+
+    budget: int | None = None
+    num_inference_steps: int | None = None
+    iterations: int | list[int] | None = None
+    allocation: str = "constant"
+    reuse: bool = True
+    scheduler: str | None = None
+    guidance_scale: float = 1.0
+    seed: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def plan(self, pipe: FixedPointDiTPipeline) -> Plan:
+        """Raises ValueError if the choices contradict each other, or the pipeline has no such thing."""
+        return pipe.plan(
+            budget=self.budget,
+            num_steps=self.num_inference_steps,
+            iterations=self.iterations,
+            allocation=self.allocation,
+        )
+
+
+def load_pipeline(folder: str, device: str, dtype: str) -> FixedPointDiTPipeline:
+    """The pipeline in a folder, on its device. Raises ValueError for damaged files or a device that is not there."""
+    device = pick_device(device)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    try:
+        pipe = FixedPointDiTPipeline.from_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"the model {folder} cannot be opened: {error}") from error
+    return pipe.to(device, DTYPES[dtype])
+
+
+def side_of(pipe: FixedPointDiTPipeline) -> int:
+    """The side of the pipeline's images in pixels."""
+    doublings = 0 if pipe.vae is None else len(pipe.vae.config.block_out_channels) - 1
+    return pipe.transformer.config.sample_size * 2**doublings
+
+
+def draw_missing(
+    pipe: FixedPointDiTPipeline,
+    out: Path,
+    count: int,
+    classes: list[Any] | None,
+    batch_size: int,
+    choices: Choices,
+    on_batch: Callable[[int], None] | None = None,
+) -> Report:
+    """Draw those of images 0 to count - 1 that `out` lacks; the report covers all that were ever drawn into it.
+
+    classes   of the images, cycled; None draws without classes
+    on_batch  called with the number of images of each batch that was drawn, instead of showing a bar of its own
+
+    Raises ValueError, before anything is drawn, if `out` holds images of another request.
+    """
+    labels = cycled(classes, count)
+    plan = choices.plan(pipe)
+    pipe.check_inputs(plan, pipe.labels(labels, None), choices.scheduler, choices.guidance_scale)
+    request = {
+        "model": digest(pipe.transformer),
+        "classes": classes,
+        "class_names": pipe.class_names,
+        **choices.to_dict(),
+    }
+    _claim(out, request)
+
+    drawn, report = _drawn(out)
+    missing = [i for i in range(count) if i not in drawn or not image_file(out, i).is_file()]
+    for start in range(0, len(missing), batch_size):
+        indices = missing[start : start + batch_size]
+        left = f"images {len(missing) - start} to go"
+        pipe.set_progress_bar_config(desc=left, unit="step", leave=False, disable=on_batch is not None)
+        batch = None if labels is None else [labels[i] for i in indices]
+        result = pipe(batch, len(indices), image_indices=indices, **choices.to_dict())
+        for i, image in zip(indices, result.images, strict=True):
+            write_aside(image_file(out, i), partial(image.save, format="PNG"))
+        if new := set(indices) - drawn:  # an image drawn again, because its file was lost, counts once
+            part = replace(result.report, images=len(new))
+            report, drawn = part if report is None else report.merged(part), drawn | new
+            write_json(out / "report.json", {"request": request, "images": sorted(drawn), "report": report.to_dict()})
+        if on_batch is not None:
+            on_batch(len(indices))
+    shown = [Image.open(image_file(out, i)) for i in range(min(count, GRID_IMAGES))]
+    write_aside(out / "grid.png", partial(grid(shown, columns=min(10, len(classes or [])) or 10).save, format="PNG"))
+    assert report is not None
+    return report
+
+
+def cycled(classes: list[Any] | None, count: int) -> list[Any] | None:
+    """The class of each of `count` images."""
+    return None if classes is None else [classes[i % len(classes)] for i in range(count)]
+
+
+def write_archive(out: Path, count: int, classes: list[int] | None) -> Path:
+    """Images 0 to count - 1 of the folder as samples.npz in the ADM layout: `arr_0` (N, H, W, 3) uint8, grey images
+    with three equal channels, and `arr_1` (N,) their labels."""
+    path, labels = out / "samples.npz", cycled(classes, count)
+    images = (np.asarray(Image.open(image_file(out, i)).convert("RGB")) for i in range(count))
+    write_aside(path, lambda aside: write_npz(aside, images, count, None if labels is None else np.array(labels)))
+    return path
+
+
+def image_file(out: Path, index: int) -> Path:
+    """Where image `index` of a folder of samples is."""
+    return out / f"{index:06d}.png"
+
+
+def _drawn(out: Path) -> tuple[set[int], Report | None]:
+    """The images that the report in `out` covers, and the report. Others are drawn, or drawn again."""
+    path = out / "report.json"
+    if not path.is_file():
+        return set(), None
+    kept = read_json(path)
+    return set(kept["images"]), Report.from_dict(kept["report"])
+
+
+def _claim(out: Path, request: dict[str, Any]) -> None:
+    """Make `out` the folder of this request, or find that it is already."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "request.json"
+    if path.is_file():
+        old = read_json(path)
+        changed = [
+            f"{key} was {old.get(key)!r}, is {value!r}" for key, value in request.items() if old.get(key) != value
+        ]
+        if changed:
+            raise ValueError(f"{out} holds images of another request: {'; '.join(changed)}. Choose another --out")
+    elif any(out.glob("*.png")):
+        raise ValueError(f"{out} holds images already: choose another --out")
+    write_json(path, request)

@@ -1,0 +1,24 @@
+"""How good samples are, measured against real images: features, metrics, and statistics that are kept."""
+
+from fpdm.evaluation.evaluate import REPLICATES, Evaluation, Instrument, Measure
+from fpdm.evaluation.extractors import EXTRACTORS, Extractor, make_extractor
+from fpdm.evaluation.metrics import Frechet, Moments, frechet_distance, kernel_distance, manifolds, nearest
+from fpdm.evaluation.samples import Samples, open_samples
+
+__all__ = [
+    "EXTRACTORS",
+    "REPLICATES",
+    "Evaluation",
+    "Extractor",
+    "Frechet",
+    "Instrument",
+    "Measure",
+    "Moments",
+    "Samples",
+    "frechet_distance",
+    "kernel_distance",
+    "make_extractor",
+    "manifolds",
+    "nearest",
+    "open_samples",
+]

@@ -1,0 +1,285 @@
+"""The instrument: real images, a network to see them by, and what is measured of samples against them."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from fpdm.data import Source, central, image_of, open_images
+from fpdm.evaluation.extractors import Classifier, Extractor, make_extractor
+from fpdm.evaluation.metrics import Frechet, Moments, bootstrap_interval, kernel_distance, manifolds, nearest
+from fpdm.evaluation.reference import BATCH, Reference, features_of, identity_of, reference_for
+from fpdm.evaluation.samples import Samples
+from fpdm.files import write_aside
+from fpdm.imaging import grid
+from fpdm.keyed import seed_of
+
+PAIRS = 10_000  # most images of either kind where all pairs are compared
+REPLICATES = 100
+SHOWN = 10  # pairs in the picture of nearest neighbours
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number.
+
+    name      such as "FID" or "precision"
+    value     of the samples
+    low, high a 95% interval
+    floor     the same of one half of the real images against the other: what a perfect model would have
+    better    "lower" or "higher"; "floor" if to fall below it is suspicious, too
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    floor: float
+    better: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured.
+
+    samples   how many
+    compared  how many of them, and of real images, where all pairs are compared: precision to coverage
+    floor     how many real images were compared with how many others for the Frechet distance's floor
+    real      the real images' name, number, and how many could not be read
+    identity  what settles the statistics of the real images
+    measures  the numbers; the Frechet distance comes first
+    notes     what a reader should know
+    """
+
+    samples: int
+    compared: int
+    floor: tuple[int, int]
+    real: dict[str, Any]
+    identity: dict[str, Any]
+    measures: tuple[Measure, ...]
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Measure:
+        return next(measure for measure in self.measures if measure.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Evaluation":
+        measures = tuple(Measure(**measure) for measure in values["measures"])
+        return cls(**{**values, "measures": measures, "floor": tuple(values["floor"]), "notes": tuple(values["notes"])})
+
+    def __str__(self) -> str:
+        size = self.identity["preprocessing"]["size"]
+        lines = [
+            f"{self.samples:,} samples against {self.real['images']:,} images of {self.real['name']}, "
+            f"{size} x {size}, features of {self.identity['features']['network']}",
+            f"{'':20} {'value':>10} {'95% interval':>22} {'floor':>10}",
+        ]
+        for m in self.measures:
+            interval = f"{significant(m.low)} to {significant(m.high)}"
+            lines.append(f"{m.name:20} {significant(m.value):>10} {interval:>22} {significant(m.floor):>10}")
+        a, b = self.floor
+        lines.append(f"floor: real images against other real images ({a:,} against {b:,} for the Frechet distance)")
+        return "\n".join([*lines, *self.notes])
+
+
+def significant(value: float) -> str:
+    """Three significant digits, without an exponent where it can be read so."""
+    return f"{value:.3g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
+
+
+@dataclass(frozen=True)
+class Instrument:
+    """Measures samples of `size` x `size` pixels against real images."""
+
+    name: str
+    source: Source
+    size: int
+    extractor: Extractor
+    reference: Reference
+
+    @classmethod
+    def open(
+        cls,
+        data: str,
+        size: int,
+        *,
+        split: str = "train",
+        features: str | None = None,
+        weights: str | None = None,
+        statistics: Path | None = None,
+        cache: Path,
+        device: str = "cpu",
+        say: Callable[[str], None] = print,
+    ) -> Self:
+        """Open the real images and the network, and have the statistics: read, or computed and kept.
+
+        data        see `open_images`
+        features    name of an extractor; None takes the classifier for tiny grey images with classes, else
+                    EfficientNet-Lite0
+        statistics  file of the real images' statistics; None for one in `cache`
+
+        Raises ValueError for what is unknown, missing, or does not fit together; ImportError for a missing package.
+        """
+        source = open_images(data, split=split)
+        features = features or default_features(source, size)
+        learned_from = source if split == "train" else open_images(data)
+        extractor = make_extractor(features, weights, device, learned_from, size, cache)
+        if statistics is None:
+            identity = json.dumps(identity_of(source, size, extractor), sort_keys=True)
+            statistics = cache / f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+        reference = reference_for(source, size, extractor, statistics, say)
+        return cls(data if split == "train" else f"{data} ({split})", source, size, extractor, reference)
+
+    def measure(
+        self, samples: Samples, replicates: int = REPLICATES, picture: Path | None = None, progress: bool = True
+    ) -> Evaluation:
+        """All metrics of the samples. With `picture`, the samples that are nearest to a real image are drawn there,
+        each above it.
+
+        Raises ValueError for samples of another size, or in colour where the real images are grey.
+        """
+        if samples.size != self.size:
+            raise ValueError(f"the samples are {samples.size} x {samples.size}, not {self.size} x {self.size}")
+        x, labels = self.features(samples, progress), samples.labels(self.source.class_names)
+        strata = strata_of(labels)
+        measures = [self.frechet(x, replicates, strata), self.kernel(x), *self.neighbourhoods(x, replicates)]
+        if isinstance(self.extractor, Classifier) and labels is not None:
+            measures.append(self.accuracy(x, np.array(labels), replicates))
+        near, distances, numbers = self.nearest(x, replicates)
+        measures.append(near)
+        if picture is not None:
+            self.draw_nearest(samples, distances, numbers, picture)
+        notes = []
+        if len(x) < x.shape[1]:
+            notes.append(
+                f"note: {len(x)} samples for {x.shape[1]} features: the distance is far above that of many samples, "
+                "and to be compared at this number only"
+            )
+        if self.reference.broken:
+            notes.append(f"note: {self.reference.broken} real images could not be read and were left out")
+        return Evaluation(
+            samples=len(x),
+            compared=self.compared(x),
+            floor=(self.floor_count(x), self.moments(1).count),
+            real={"name": self.name, "images": self.reference.moments.count, "broken": self.reference.broken},
+            identity=self.reference.identity,
+            measures=tuple(measures),
+            notes=tuple(notes),
+        )
+
+    def features(self, samples: Samples, progress: bool = True) -> np.ndarray:
+        """(n, D) float64."""
+        parts = []
+        with tqdm(total=len(samples), desc="samples", unit="image", leave=False, disable=not progress) as bar:
+            for images in samples.batches(self.source.channels, BATCH):
+                parts.append(features_of(self.extractor, images))
+                bar.update(len(images))
+        return np.concatenate(parts).astype(np.float64)
+
+    def moments(self, half: int) -> Moments:
+        moments = self.reference.halves[half].moments
+        assert moments is not None
+        return moments
+
+    def kept(self, half: int) -> np.ndarray:
+        return self.reference.halves[half].kept.astype(np.float64)
+
+    def floor_count(self, x: np.ndarray) -> int:
+        """As many images of half A as there are samples, or all of them."""
+        return len(x) if len(x) < len(self.reference.halves[0].numbers) else self.moments(0).count
+
+    def frechet(self, x: np.ndarray, replicates: int, strata: list[np.ndarray] | None) -> Measure:
+        distance, count = Frechet(self.reference.moments), self.floor_count(x)
+        value = distance.of(x)
+        low, high = bootstrap_interval(distance.of, x, value, rng_for("frechet"), replicates, strata)
+        part = self.moments(0) if count == self.moments(0).count else Moments.of(self.kept(0)[:count])
+        floor = Frechet(self.moments(1))(part)
+        return Measure(self.extractor.distance, value, max(0.0, low), high, floor, "lower")
+
+    def kernel(self, x: np.ndarray) -> Measure:
+        a, b = self.kept(0), self.kept(1)
+        estimate = kernel_distance(x[:PAIRS], np.concatenate([a[: PAIRS // 2], b[: PAIRS // 2]]))
+        margin = 1.96 * estimate.standard_error
+        floor = kernel_distance(a[: min(len(x), PAIRS)], b[:PAIRS]).value
+        value = estimate.value
+        return Measure("kernel distance", value, value - margin, value + margin, floor, "lower")
+
+    def compared(self, x: np.ndarray) -> int:
+        """How many samples are compared with as many real images, pair by pair."""
+        return min(len(x), PAIRS, sum(len(half.numbers) for half in self.reference.halves))
+
+    def neighbourhoods(self, x: np.ndarray, replicates: int) -> list[Measure]:
+        count = self.compared(x)
+        found = manifolds(x[:count], self.reference.some(count).astype(np.float64))
+        a, b = self.kept(0)[:count], self.kept(1)[:count]
+        shared = min(len(a), len(b))
+        floors = manifolds(a[:shared], b[:shared])
+        return [
+            mean_measure(name, getattr(found, name), float(getattr(floors, name).mean()), "higher", replicates)
+            for name in found._fields
+        ]
+
+    def accuracy(self, x: np.ndarray, labels: np.ndarray, replicates: int) -> Measure:
+        """Samples that the classifier finds to be of the class asked for; as floor, its accuracy on real images that
+        it was not trained on."""
+        assert isinstance(self.extractor, Classifier)
+        named = self.extractor.classify(torch.from_numpy(x).float()).cpu().numpy()
+        return mean_measure("accuracy", named == labels, self.extractor.accuracy, "higher", replicates)
+
+    def nearest(self, x: np.ndarray, replicates: int) -> tuple[Measure, np.ndarray, np.ndarray]:
+        """The median distance to the nearest real image, which is as low for copies; as floor, that of real images to
+        the nearest other one. Distances (n,) and, for each sample, the number of that image in the data set (n,)."""
+        a, b = self.reference.halves
+        y, numbers = np.concatenate([self.kept(0), self.kept(1)]), np.array(a.numbers + b.numbers)
+        distances, places = nearest(x[:PAIRS], y)
+        own, _ = nearest(y[:PAIRS], y, skip_own=True)
+        value = float(np.median(distances))
+        low, high = bootstrap_interval(lambda d: float(np.median(d)), distances, value, rng_for("nearest"), replicates)
+        return (
+            Measure("nearest real image", value, low, high, float(np.median(own)), "floor"),
+            distances,
+            numbers[places],
+        )
+
+    def draw_nearest(self, samples: Samples, distances: np.ndarray, numbers: np.ndarray, path: Path) -> None:
+        """A picture: the samples that are nearest to a real image, and below them those images."""
+        closest = np.argsort(distances)[:SHOWN]
+        upper = [image_of(samples.load(int(i), self.source.channels)) for i in closest]
+        lower: list[Image.Image] = [central(self.source.load(int(numbers[i]))[0], self.size) for i in closest]
+        write_aside(path, lambda aside: grid(upper + lower, columns=len(upper)).save(aside, format="PNG"))
+
+
+def default_features(source: Source, size: int) -> str:
+    tiny = source.channels == 1 and size <= 32 and len(source.class_names) > 1
+    return "classifier" if tiny else "efficientnet-lite0"
+
+
+def mean_measure(name: str, values: np.ndarray, floor: float, better: str, replicates: int) -> Measure:
+    values = values.astype(np.float64)
+    low, high = bootstrap_interval(
+        lambda v: float(v.mean()), values, float(values.mean()), rng_for(name), max(replicates, 1000)
+    )
+    return Measure(name, float(values.mean()), low, high, floor, better)
+
+
+def strata_of(labels: list[int] | None) -> list[np.ndarray] | None:
+    """The numbers of the samples of each class, if the classes were taken in turn; else None."""
+    if labels is None:
+        return None
+    counts = np.bincount(labels)
+    counts = counts[counts > 0]
+    return [np.flatnonzero(np.array(labels) == c) for c in set(labels)] if counts.max() - counts.min() <= 1 else None
+
+
+def rng_for(name: str) -> np.random.Generator:
+    return np.random.default_rng(seed_of("bootstrap", name))

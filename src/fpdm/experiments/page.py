@@ -1,0 +1,200 @@
+"""The report of a sweep: one HTML file without scripts or links elsewhere, in which each point opens its images.
+
+A point of a plot is a link to an element that holds its grid, which CSS shows while it is the target of the page's
+address. So the file works from a disk, in a mail and on any server.
+"""
+
+import base64
+import html
+import io
+import re
+from collections.abc import Callable
+from importlib.resources import files
+from itertools import groupby
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from fpdm.evaluation import Evaluation, Measure
+from fpdm.evaluation.evaluate import significant
+from fpdm.files import write_aside
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito 2008
+MARKERS = {"ddpm": "o", "ddim": "s", "dpm++": "^"}
+AXES = {
+    "passes": "transformer block passes per image",
+    "operations": "operations per image",
+    "seconds": "seconds per image",
+}
+Row = dict[str, Any]
+
+
+def write_report(points: list[Row], out: Path) -> Path:
+    """Write OUT/report.html of all points, whose grids are in OUT/grids. Needs matplotlib."""
+    rows = [
+        {**point, "key": key_of(point), "evaluation": Evaluation.from_dict(point["evaluation"])} for point in points
+    ]
+    distance = rows[0]["evaluation"].measures[0].name
+    names = [measure.name for measure in rows[0]["evaluation"].measures[1:]]
+    quality = "".join(plot(rows, x, distance) for x in AXES)
+    others = "".join(plot(rows, "passes", name) for name in names)
+    page = Template((files("fpdm.experiments") / "page.html").read_text()).substitute(
+        title=html.escape(f"Quality against compute: {', '.join(dict.fromkeys(row['model'] for row in rows))}"),
+        summary=summary(rows),
+        distance=html.escape(distance),
+        quality=quality,
+        others=others,
+        table=table(rows, [distance, *names]),
+        overlays="".join(overlay(row, out / "grids" / f"{row['key']}.png") for row in rows),
+        conditions=conditions(rows),
+    )
+    path = out / "report.html"
+    write_aside(path, lambda aside: aside.write_text(page))
+    return path
+
+
+def key_of(point: Row) -> str:
+    every = "" if point["iterations"] is None else f"-{point['iterations']}-iterations"
+    return f"{point['model']}-{point['budget']}-{point['scheduler'].replace('+', 'p')}{every}"
+
+
+def summary(rows: list[Row]) -> str:
+    first: Evaluation = rows[0]["evaluation"]
+    size, (a, b) = first.identity["preprocessing"]["size"], first.floor
+    counts = sorted({row["evaluation"].samples for row in rows})
+    return html.escape(
+        f"{len(rows)} points; {' or '.join(f'{n:,}' for n in counts)} samples each against {first.real['images']:,} "
+        f"images of {first.real['name']}, {size} x {size}, by features of {first.identity['features']['network']}. "
+        f"The dashed line is the floor: {a:,} real images against {b:,} others. Bars are 95% intervals."
+    )
+
+
+def measure_of(row: Row, name: str) -> Measure | None:
+    return next((measure for measure in row["evaluation"].measures if measure.name == name), None)
+
+
+def plot(rows: list[Row], x: str, name: str) -> str:
+    """One plot as SVG: a line per model and scheduler, through the best point at each budget; each point a link."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if measure_of(row, name) is not None]
+    measured: Callable[[Row], Measure] = lambda row: measure_of(row, name)  # type: ignore[assignment,return-value]  # noqa: E731
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    distance = rows[0]["evaluation"].measures[0].name == name
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": x + name, "font.size": 10}):
+        figure, axis = plt.subplots(figsize=(6.2, 4.2), layout="constrained")
+        for (model, scheduler), group in groupby(rows, key=lambda row: (row["model"], row["scheduler"])):
+            series = list(group)
+            colour, marker = COLOURS[models.index(model) % len(COLOURS)], MARKERS.get(scheduler, "D")
+            best = best_of(series, measured)
+            axis.plot([row[x] for row in best], [measured(row).value for row in best], color=colour,
+                      marker=marker, markersize=5, linewidth=1.1, label=f"{model}, {scheduler}")  # fmt: skip
+            values = [measured(row) for row in series]
+            spread = [[m.value - m.low for m in values], [m.high - m.value for m in values]]
+            axis.errorbar([row[x] for row in series], [m.value for m in values], spread, fmt="none", ecolor=colour,
+                          alpha=0.4, linewidth=1)  # fmt: skip
+            axis.scatter([row[x] for row in series], [m.value for m in values], s=80, color=colour, marker=marker,
+                         alpha=0.35, linewidth=0, urls=[f"#{row['key']}" for row in series])  # fmt: skip
+        axis.axhline(measured(rows[0]).floor, color="#666", linestyle="--", linewidth=1)
+        axis.set_xscale("log")
+        if distance and min(measured(row).value for row in rows) > 0:
+            axis.set_yscale("log")
+        axis.set(xlabel=AXES[x], ylabel=name)
+        axis.grid(alpha=0.25, which="both")
+        if x == "passes":
+            budgets = sorted({row["passes"] for row in rows})
+            axis.set_xticks(budgets, [str(n) for n in budgets], rotation=45 if len(budgets) > 8 else 0)
+            axis.minorticks_off()
+        axis.legend(fontsize=8)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return f"<figure>{linked(buffer.getvalue(), rows, name)}</figure>"
+
+
+def best_of(series: list[Row], measured: Callable[[Row], Measure]) -> list[Row]:
+    """Of each budget the point with the best value, in order."""
+    sign = -1 if measured(series[0]).better == "higher" else 1
+    ordered = sorted(series, key=lambda row: (row["budget"], sign * measured(row).value))
+    return [next(group) for _, group in groupby(ordered, key=lambda row: row["budget"])]
+
+
+def linked(svg: str, rows: list[Row], name: str) -> str:
+    """The SVG element alone; its links stay on the page, and tell what they are of when pointed at."""
+    svg = svg[svg.index("<svg") :].replace(' target="_blank"', "")
+    tips = {row["key"]: tip(row, name) for row in rows}
+
+    def with_tip(found: re.Match[str]) -> str:
+        key = found[1]
+        return f'<a href="#{html.escape(key)}"><title>{html.escape(tips[html.unescape(key)])}</title>'
+
+    return re.sub(r'<a xlink:href="#([^"]*)">', with_tip, svg)
+
+
+def tip(row: Row, name: str) -> str:
+    m = measure_of(row, name)
+    assert m is not None
+    return f"{row['model']}, {row['scheduler']}, {row['plan']}: {name} {significant(m.value)}"
+
+
+def table(rows: list[Row], names: list[str]) -> str:
+    heads = ["model", "scheduler", "plan", "passes", "operations", "s / image", *names]
+    lines = [f"<tr>{''.join(f'<th>{html.escape(head)}</th>' for head in heads)}</tr>"]
+    for row in rows:
+        link = f'<a href="#{html.escape(row["key"])}">{html.escape(row["model"])}</a>'
+        cells = [
+            link, row["scheduler"], plan_of(row), f"{row['passes']}", f"{row['operations']:.3g}",
+            significant(row["seconds"]),
+        ]  # fmt: skip
+        for name in names:
+            m = measure_of(row, name)
+            interval = "" if m is None else f"<small>{significant(m.low)} to {significant(m.high)}</small>"
+            cells.append("" if m is None else f"{significant(m.value)}<br>{interval}")
+        lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    floors = [measure_of(rows[0], name) for name in names]
+    cells = ["floor", "", "", "", "", "", *("" if m is None else significant(m.floor) for m in floors)]
+    lines.append(f"<tr class=floor>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>"
+
+
+def plan_of(row: Row) -> str:
+    return html.escape(row["plan"].rsplit(", ", 1)[0])  # the passes have a column of their own
+
+
+def overlay(row: Row, grid: Path) -> str:
+    """What is shown when a point is opened: its images, and its numbers."""
+    picture = base64.b64encode(grid.read_bytes()).decode()
+    evaluation: Evaluation = row["evaluation"]
+    numbers = "".join(
+        f"<tr><td>{html.escape(m.name)}</td><td>{significant(m.value)}</td>"
+        f"<td>{significant(m.low)} to {significant(m.high)}</td><td>{significant(m.floor)}</td></tr>"
+        for m in evaluation.measures
+    )
+    diverged = f"<p>{row['diverged']} of the images diverged.</p>" if row["diverged"] else ""
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in evaluation.notes)
+    return (
+        f'<div class=overlay id="{html.escape(row["key"])}"><a class=back href="#_" aria-label=close></a><section>'
+        f"<h2>{html.escape(row['model'])}, {html.escape(row['scheduler'])}</h2>"
+        f"<p>{html.escape(row['plan'])}; {row['operations']:.3g} operations, {significant(row['seconds'])} s per image"
+        f" <a class=close href='#_'>close</a></p><div class=sides>"
+        f'<img alt="the first images" src="data:image/png;base64,{picture}">'
+        f"<div><table><tr><th></th><th>value</th><th>95% interval</th><th>floor</th></tr>{numbers}</table>"
+        f"{diverged}{notes}</div></div></section></div>"
+    )
+
+
+def conditions(rows: list[Row]) -> str:
+    """Under what all this was computed, each different one once."""
+    seen: dict[str, None] = {}
+    for row in rows:
+        made, request = row["made_with"], row["request"]
+        text = ", ".join(f"{name} {value}" for name, value in made.items())
+        text += f"; seed {request['seed']}, guidance scale {request['guidance_scale']}, "
+        text += f"{'with' if request['reuse'] else 'without'} reuse, {request['allocation']} allocation"
+        seen[text] = None
+    sizes = {row["model"]: row["parameters"] for row in rows}
+    listed = ", ".join(f"{model} {count:,}" for model, count in sizes.items())
+    return "".join(f"<p>{html.escape(text)}</p>" for text in [f"Parameters: {listed}", *seen])

@@ -1,0 +1,331 @@
+"""Quality against compute: models x budgets x schedulers, each point drawn, measured, and kept in a file of its own.
+
+    OUT/sweep.json            what all points share
+    OUT/points/KEY.json       a finished point
+    OUT/grids/KEY.png         its first images
+    OUT/drawing/KEY/          the images of an unfinished one; drawn on when the sweep goes on
+    OUT/report.html           plots and a table of all finished points
+
+A point is computed by one process from the start to the end and depends on nothing but its request, so that it is the
+same however many processes there are, and wherever a sweep was stopped.
+"""
+
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fpdm.devices import pick_device
+from fpdm.drawing import Choices, draw_missing, load_pipeline, side_of
+from fpdm.evaluation import Evaluation, Instrument, open_samples
+from fpdm.files import model_folder, read_json, write_json
+from fpdm.machine import made_with
+from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.sampling import operations_of, total
+from fpdm.weights import digest
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all points of a sweep share: what they are measured against, and how they are drawn."""
+
+    data: str
+    split: str = "train"
+    features: str | None = None
+    weights: str | None = None
+    statistics: str | None = None
+    cache: str = ""
+    replicates: int = 100
+    num_images: int = 1000
+    batch_size: int = 64
+    seed: int = 0
+    allocation: str = "constant"
+    reuse: bool = True
+    guidance_scale: float = 1.0
+    device: str = "auto"
+    dtype: str = "float32"
+
+
+# What may differ between the parts of one sweep: how it is computed, but not what.
+CHANGEABLE = {"device", "cache", "statistics", "batch_size", "data"}
+
+
+@dataclass(frozen=True)
+class Point:
+    """One request. `folder` is the model's; `label` is what it is called, and `digest` what its weights are.
+    `iterations` None leaves them to the plan's default, as an explicit network must."""
+
+    label: str
+    folder: str
+    digest: str
+    budget: int
+    scheduler: str
+    iterations: int | None = None
+    operations: int = 0
+
+    @property
+    def key(self) -> str:
+        every = "" if self.iterations is None else f"-{self.iterations}-iterations"
+        return f"{self.label}-{self.budget}-{self.scheduler.replace('+', 'p')}{every}"
+
+    def choices(self, settings: Settings) -> Choices:
+        return Choices(
+            budget=self.budget,
+            iterations=self.iterations,
+            allocation=settings.allocation if self.iterations is not None else "constant",
+            reuse=settings.reuse,
+            scheduler=self.scheduler,
+            guidance_scale=settings.guidance_scale,
+            seed=settings.seed,
+        )
+
+
+def run_sweep(
+    models: list[str],
+    budgets: list[int],
+    schedulers: list[str],
+    iterations: list[int] | None,
+    settings: Settings,
+    out: Path,
+    processes: int = 1,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Compute what is missing of a sweep; all its finished points. The report is the caller's to write.
+
+    models  folders, each as PATH or LABEL=PATH
+
+    Raises ValueError, before anything is computed, for models, budgets or settings that cannot be, or if `out` holds a
+    sweep of other settings or other models of the same names.
+    """
+    points, left_out = points_of(models, budgets, schedulers, iterations, settings)
+    for reason in left_out:
+        say(f"left out: {reason}")
+    claim(out, settings, points)
+    # Before several processes want them, the statistics of the real images are there.
+    identity = instrument_for(settings, size_of(points)).reference.identity
+    missing = [point for point in points if not finished(out, point, identity)]
+    if len(missing) < len(points):
+        say(f"{len(points) - len(missing)} of {len(points)} points are there")
+    work = {point: point.operations * settings.num_images for point in missing}
+    with tqdm(
+        total=sum(work.values()), desc="sweep", bar_format="{desc} {percentage:.0f}% [{elapsed}<{remaining}]"
+    ) as bar:
+        for point, result in computed(missing, settings, out, processes, bar.update):
+            write_json(out / "points" / f"{point.key}.json", result)
+            shutil.rmtree(out / "drawing" / point.key, ignore_errors=True)
+            first = Evaluation.from_dict(result["evaluation"]).measures[0]
+            bar.write(f"{point.key:32} {first.name} {first.value:.3g} ({first.low:.3g} to {first.high:.3g})")
+    return all_points(out)
+
+
+def points_of(
+    models: list[str], budgets: list[int], schedulers: list[str], iterations: list[int] | None, settings: Settings
+) -> tuple[list[Point], list[str]]:
+    """The points, cheapest first, and which of the product cannot be, with the reason."""
+    points, left_out = [], []
+    for label, folder in labelled(models).items():
+        pipe = load_pipeline(folder, "cpu", "float32")
+        identity, cost = digest(pipe.transformer), operations_of(pipe.transformer)
+        counts: list[int | None] = [None] if iterations is None or cost.per_iteration == 0 else list(iterations)
+        for budget in budgets:
+            for scheduler in schedulers:
+                for count in counts:
+                    point = Point(label, folder, identity, budget, scheduler, count)
+                    choices = point.choices(settings)
+                    try:
+                        plan = choices.plan(pipe)
+                    except ValueError as error:
+                        left_out.append(f"{point.key}: {error}")
+                        continue
+                    pipe.check_inputs(plan, labels_for(pipe, 1), scheduler, settings.guidance_scale)
+                    points.append(replace(point, operations=total(cost, plan)))
+    if not points:
+        raise ValueError("none of these points can be: " + "; ".join(left_out))
+    return sorted(points, key=lambda point: (point.budget, point.operations)), left_out
+
+
+def labelled(models: list[str]) -> dict[str, str]:
+    """label -> model folder, of words like PATH or LABEL=PATH. Raises ValueError for labels that are not unique."""
+    found: dict[str, str] = {}
+    for word in models:
+        label, equals, place = word.partition("=")
+        folder = model_folder(place if equals else word)
+        if not equals:
+            path = Path(word)
+            label = path.resolve().parent.name if path.name in ("pipeline", "run") else path.name
+        if not label or set(label) & set('/\\:*?"<>|'):
+            raise ValueError(f"{label!r} cannot name a model: choose another, LABEL=PATH")
+        if label in found:
+            raise ValueError(f"two models are called {label}: name them apart, LABEL=PATH")
+        found[label] = folder
+    return found
+
+
+def labels_for(pipe: FixedPointDiTPipeline, count: int) -> torch.Tensor | None:
+    classes = pipe.transformer.config.num_classes
+    return None if classes == 0 else pipe.labels([i % classes for i in range(count)], None)
+
+
+def size_of(points: list[Point]) -> int:
+    """The side of all models' images. Raises ValueError if they differ."""
+    folders = {point.label: point.folder for point in points}
+    sizes = {label: side_of(load_pipeline(folder, "cpu", "float32")) for label, folder in folders.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"the models draw images of different sizes, which one sweep cannot compare: {sizes}")
+    return next(iter(sizes.values()))
+
+
+def claim(out: Path, settings: Settings, points: list[Point]) -> None:
+    """Make `out` the folder of this sweep, or find that it is already."""
+    path = out / "sweep.json"
+    if path.is_file():
+        old = read_json(path)
+        changed = [
+            f"{name} was {old['settings'].get(name)!r}, is {value!r}"
+            for name, value in asdict(settings).items()
+            if name not in CHANGEABLE and old["settings"].get(name) != value
+        ]
+        changed += [
+            f"{point.label} had other weights"
+            for point in {point.label: point for point in points}.values()
+            if old["models"].get(point.label, point.digest) != point.digest
+        ]
+        if changed:
+            raise ValueError(f"{out} holds another sweep: {'; '.join(changed)}. Choose another --out")
+        known = old["models"]
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already and holds no sweep: choose another --out")
+    else:
+        known = {}
+    for folder in ("points", "grids", "drawing"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    models = {**known, **{point.label: point.digest for point in points}}
+    write_json(path, {"settings": asdict(settings), "models": models})
+
+
+def finished(out: Path, point: Point, identity: dict[str, Any]) -> bool:
+    """Whether a point is kept, whole. Raises ValueError if it was measured against something else."""
+    path = out / "points" / f"{point.key}.json"
+    try:
+        result = read_json(path)
+    except (OSError, ValueError):
+        return False
+    if result["evaluation"]["identity"] != identity:
+        raise ValueError(f"{path} was measured against other data or by another network: choose another --out")
+    return (out / "grids" / f"{point.key}.png").is_file()
+
+
+def all_points(out: Path) -> list[dict[str, Any]]:
+    """All finished points in a folder, by model, scheduler and budget."""
+    found = []
+    for path in sorted((out / "points").glob("*.json")):
+        try:
+            found.append(read_json(path))
+        except ValueError:
+            continue  # torn: it is computed again
+    return sorted(found, key=lambda p: (p["model"], p["scheduler"], p["budget"], p["iterations"] or 0))
+
+
+def computed(
+    points: list[Point], settings: Settings, out: Path, processes: int, on_work: Callable[[float], Any]
+) -> Iterator[tuple[Point, dict[str, Any]]]:
+    """Points and their results, as they are done."""
+    if processes == 1:
+        for point in points:
+            yield point, measure_point(point, settings, out, 1, lambda n, point=point: on_work(n * point.operations))  # type: ignore[misc]
+        return
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
+    counter = context.Value("i", 0)
+    with ProcessPoolExecutor(processes, context, start_worker, (threads, counter)) as pool:
+        futures = {pool.submit(measure_point, point, settings, out, processes): point for point in points}
+        try:
+            for future in as_completed(futures):
+                point = futures[future]
+                yield point, future.result()
+                on_work(point.operations * settings.num_images)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in list((pool._processes or {}).values()):
+                worker.terminate()  # what is drawn is on the disk
+            raise
+
+
+_place = 0  # which of the worker processes this is
+
+
+def start_worker(threads: int, counter: Any) -> None:
+    from diffusers.utils import logging
+
+    global _place
+    with counter.get_lock():
+        _place = counter.value
+        counter.value += 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
+    torch.set_num_threads(threads)
+    logging.set_verbosity(logging.CRITICAL)
+
+
+def measure_point(
+    point: Point,
+    settings: Settings,
+    out: Path,
+    processes: int,
+    on_batch: Callable[[int], Any] = lambda images: None,
+) -> dict[str, Any]:
+    """Draw and measure one point: what is kept of it."""
+    pipe = pipeline_for(point.folder, device_for(settings), settings.dtype)
+    drawing, choices = out / "drawing" / point.key, point.choices(settings)
+    classes = list(range(pipe.transformer.config.num_classes)) or None
+    report = draw_missing(pipe, drawing, settings.num_images, classes, settings.batch_size, choices, on_batch)
+    samples = open_samples(drawing, settings.num_images)
+    evaluation = instrument_for(settings, samples.size).measure(samples, settings.replicates, progress=False)
+    shutil.copyfile(drawing / "grid.png", out / "grids" / f"{point.key}.png")
+    return {
+        "model": point.label,
+        "budget": point.budget,
+        "scheduler": point.scheduler,
+        "iterations": point.iterations,
+        "plan": str(choices.plan(pipe)),
+        "passes": report.spent,
+        "operations": point.operations,
+        "parameters": sum(weight.numel() for weight in pipe.transformer.parameters()),
+        "seconds": report.seconds / report.images,
+        "diverged": report.diverged,
+        "evaluation": evaluation.to_dict(),
+        "request": read_json(drawing / "request.json"),
+        "made_with": {**made_with(str(pipe.device)), "batch_size": settings.batch_size, "processes": processes},
+    }
+
+
+def device_for(settings: Settings) -> str:
+    device = pick_device(settings.device)
+    return f"cuda:{_place % torch.cuda.device_count()}" if device == "cuda" else device
+
+
+@lru_cache(maxsize=1)
+def pipeline_for(folder: str, device: str, dtype: str) -> FixedPointDiTPipeline:
+    return load_pipeline(folder, "cpu", dtype).to(device)
+
+
+@lru_cache(maxsize=1)
+def instrument_for(settings: Settings, size: int) -> Instrument:
+    return Instrument.open(
+        settings.data,
+        size,
+        split=settings.split,
+        features=settings.features,
+        weights=settings.weights,
+        statistics=None if settings.statistics is None else Path(settings.statistics),
+        cache=Path(settings.cache),
+        device=device_for(settings),
+    )
