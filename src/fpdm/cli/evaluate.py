@@ -38,7 +38,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
                            help="real images: a folder of images or of IDX files, an .npz file, or digits")  # fmt: skip
     measuring.add_argument("--split", default="train", metavar="{train,test}", help="of IDX files (train)")
     measuring.add_argument("--features", metavar="{classifier,efficientnet-lite0,inception,dinov2}",
-                           help="network to see by (classifier for tiny grey images, or efficientnet-lite0)")  # fmt: skip
+                           help="network to see by (classifier for tiny grey images, else the second)")  # fmt: skip
     measuring.add_argument("--weights", metavar="FILE", help="of that network (default: its own)")
     measuring.add_argument("--statistics", metavar="FILE",
                            help="of the real images, made if it is not there (default: one in the cache)")  # fmt: skip

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,6 +24,7 @@ from fpdm.keyed import seed_of
 
 PAIRS = 10_000  # most images of either kind where all pairs are compared
 REPLICATES = 100
+FLOORS = 4  # sets of real images that the floor is the mean of, where there are so many
 SHOWN = 10  # pairs in the picture of nearest neighbours
 
 
@@ -33,7 +35,7 @@ class Measure:
     name      such as "FID" or "precision"
     value     of the samples
     low, high a 95% interval
-    floor     the same of one half of the real images against the other: what a perfect model would have
+    floor     the same of real images against other real images: what a perfect model would have
     better    "lower" or "higher"; "floor" if to fall below it is suspicious, too
     """
 
@@ -51,7 +53,8 @@ class Evaluation:
 
     samples   how many
     compared  how many of them, and of real images, where all pairs are compared: precision to coverage
-    floor     how many real images were compared with how many others for the Frechet distance's floor
+    floor     how many real images were compared with all others, how many, for the Frechet distance's floor
+    halves    the Frechet distance between two halves of the real images
     real      the real images' name, number, and how many could not be read
     identity  what settles the statistics of the real images
     measures  the numbers; the Frechet distance comes first
@@ -61,6 +64,7 @@ class Evaluation:
     samples: int
     compared: int
     floor: tuple[int, int]
+    halves: float
     real: dict[str, Any]
     identity: dict[str, Any]
     measures: tuple[Measure, ...]
@@ -88,7 +92,10 @@ class Evaluation:
             interval = f"{significant(m.low)} to {significant(m.high)}"
             lines.append(f"{m.name:20} {significant(m.value):>10} {interval:>22} {significant(m.floor):>10}")
         a, b = self.floor
-        lines.append(f"floor: real images against other real images ({a:,} against {b:,} for the Frechet distance)")
+        lines.append(
+            f"floor: real images against other real images, {a:,} against {b:,} for the {self.measures[0].name}, "
+            f"which is {significant(self.halves)} between two halves of them"
+        )
         return "\n".join([*lines, *self.notes])
 
 
@@ -97,7 +104,7 @@ def significant(value: float) -> str:
     return f"{value:.3g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instrument:
     """Measures samples of `size` x `size` pixels against real images."""
 
@@ -152,14 +159,21 @@ class Instrument:
             raise ValueError(f"the samples are {samples.size} x {samples.size}, not {self.size} x {self.size}")
         x, labels = self.features(samples, progress), samples.labels(self.source.class_names)
         strata = strata_of(labels)
-        measures = [self.frechet(x, replicates, strata), self.kernel(x), *self.neighbourhoods(x, replicates)]
+        measures = [self.frechet(x, replicates, strata), self.kernel(x, labels if strata else None)]
+        measures += self.neighbourhoods(x, replicates)
         if isinstance(self.extractor, Classifier) and labels is not None:
             measures.append(self.accuracy(x, np.array(labels), replicates))
         near, distances, numbers = self.nearest(x, replicates)
         measures.append(near)
         if picture is not None:
             self.draw_nearest(samples, distances, numbers, picture)
+        whole, (count, others) = self.reference.moments, self.floor_counts(x)
         notes = []
+        if len(x) > count:
+            notes.append(
+                f"note: the floor of the {self.extractor.distance} is of fewer images than there are samples, which "
+                "biases it upwards; that of the kernel distance is not biased"
+            )
         if len(x) < x.shape[1]:
             notes.append(
                 f"note: {len(x)} samples for {x.shape[1]} features: the distance is far above that of many samples, "
@@ -170,8 +184,9 @@ class Instrument:
         return Evaluation(
             samples=len(x),
             compared=self.compared(x),
-            floor=(self.floor_count(x), self.moments(1).count),
-            real={"name": self.name, "images": self.reference.moments.count, "broken": self.reference.broken},
+            floor=(count, others),
+            halves=Frechet(self.moments(1))(self.moments(0)),
+            real={"name": self.name, "images": whole.count, "broken": self.reference.broken},
             identity=self.reference.identity,
             measures=tuple(measures),
             notes=tuple(notes),
@@ -191,26 +206,51 @@ class Instrument:
         assert moments is not None
         return moments
 
-    def kept(self, half: int) -> np.ndarray:
-        return self.reference.halves[half].kept.astype(np.float64)
+    @cached_property
+    def kept(self) -> tuple[np.ndarray, np.ndarray]:
+        """The single features of either half (K, D), float64."""
+        a, b = (half.kept.astype(np.float64) for half in self.reference.halves)
+        return a, b
 
-    def floor_count(self, x: np.ndarray) -> int:
-        """As many images of half A as there are samples, or all of them."""
-        return len(x) if len(x) < len(self.reference.halves[0].numbers) else self.moments(0).count
+    @cached_property
+    def distance(self) -> Frechet:
+        """To all real images."""
+        return Frechet(self.reference.moments)
+
+    def classes(self, half: int) -> np.ndarray:
+        """The classes (K,) of the images whose features are kept."""
+        return np.asarray(self.source.labels)[self.reference.halves[half].numbers]
+
+    def blocks(self, x: np.ndarray) -> list[np.ndarray]:
+        """Sets of as many real images as there are samples, or of half of them, disjoint, at most 4. Each has the
+        classes in proportion, being a run of images of one half."""
+        runs = []
+        for half in range(2):
+            kept = self.kept[half]
+            size = min(len(x), len(kept))
+            runs += [kept[start : start + size] for start in range(0, len(kept) - size + 1, size)]
+        return runs[:FLOORS]
+
+    def floor_counts(self, x: np.ndarray) -> tuple[int, int]:
+        count = len(self.blocks(x)[0])
+        return count, self.reference.moments.count - count
 
     def frechet(self, x: np.ndarray, replicates: int, strata: list[np.ndarray] | None) -> Measure:
-        distance, count = Frechet(self.reference.moments), self.floor_count(x)
-        value = distance.of(x)
-        low, high = bootstrap_interval(distance.of, x, value, rng_for("frechet"), replicates, strata)
-        part = self.moments(0) if count == self.moments(0).count else Moments.of(self.kept(0)[:count])
-        floor = Frechet(self.moments(1))(part)
+        whole, value = self.reference.moments, self.distance.of(x)
+        low, high = bootstrap_interval(self.distance.of, x, value, rng_for("frechet"), replicates, strata)
+        parts = [Moments.of(block) for block in self.blocks(x)]
+        floor = float(np.mean([Frechet(whole.without(part))(part) for part in parts]))
         return Measure(self.extractor.distance, value, max(0.0, low), high, floor, "lower")
 
-    def kernel(self, x: np.ndarray) -> Measure:
-        a, b = self.kept(0), self.kept(1)
-        estimate = kernel_distance(x[:PAIRS], np.concatenate([a[: PAIRS // 2], b[: PAIRS // 2]]))
+    def kernel(self, x: np.ndarray, labels: list[int] | None) -> Measure:
+        (a, b), half = (kept[: PAIRS // 2] for kept in self.kept), PAIRS // 2
+        of_a, of_b = self.classes(0)[:half], self.classes(1)[:half]
+        of_x = None if labels is None else np.array(labels)[:PAIRS]
+        estimate = kernel_distance(
+            x[:PAIRS], np.concatenate([a, b]), paired(of_x), paired(np.concatenate([of_a, of_b]))
+        )
         margin = 1.96 * estimate.standard_error
-        floor = kernel_distance(a[: min(len(x), PAIRS)], b[:PAIRS]).value
+        floor = kernel_distance(a, b, paired(of_a), paired(of_b)).value
         value = estimate.value
         return Measure("kernel distance", value, value - margin, value + margin, floor, "lower")
 
@@ -221,7 +261,7 @@ class Instrument:
     def neighbourhoods(self, x: np.ndarray, replicates: int) -> list[Measure]:
         count = self.compared(x)
         found = manifolds(x[:count], self.reference.some(count).astype(np.float64))
-        a, b = self.kept(0)[:count], self.kept(1)[:count]
+        a, b = (kept[:count] for kept in self.kept)
         shared = min(len(a), len(b))
         floors = manifolds(a[:shared], b[:shared])
         return [
@@ -240,7 +280,7 @@ class Instrument:
         """The median distance to the nearest real image, which is as low for copies; as floor, that of real images to
         the nearest other one. Distances (n,) and, for each sample, the number of that image in the data set (n,)."""
         a, b = self.reference.halves
-        y, numbers = np.concatenate([self.kept(0), self.kept(1)]), np.array(a.numbers + b.numbers)
+        y, numbers = np.concatenate(self.kept), np.array(a.numbers + b.numbers)
         distances, places = nearest(x[:PAIRS], y)
         own, _ = nearest(y[:PAIRS], y, skip_own=True)
         value = float(np.median(distances))
@@ -279,6 +319,11 @@ def strata_of(labels: list[int] | None) -> list[np.ndarray] | None:
     counts = np.bincount(labels)
     counts = counts[counts > 0]
     return [np.flatnonzero(np.array(labels) == c) for c in set(labels)] if counts.max() - counts.min() <= 1 else None
+
+
+def paired(labels: np.ndarray | None) -> np.ndarray | None:
+    """The labels, if there are two images of each class at least; else the classes are left out of account."""
+    return None if labels is None or np.unique(labels, return_counts=True)[1].min() < 2 else labels
 
 
 def rng_for(name: str) -> np.random.Generator:

@@ -39,6 +39,14 @@ class Moments:
             raise ValueError(f"a covariance needs at least 2 images, not {self.count}")
         return self.scatter / (self.count - 1)
 
+    def without(self, part: "Moments") -> "Moments":
+        """Those of a set without a part of it: `merged` undone."""
+        count = self.count - part.count
+        mean = self.mean + (self.mean - part.mean) * (part.count / count)
+        step = part.mean - mean
+        scatter = self.scatter - part.scatter - np.outer(step, step) * (count * part.count / self.count)
+        return Moments(count, mean, scatter)
+
     def merged(self, other: "Moments") -> "Moments":
         """Those of both sets together (Chan, Golub and LeVeque 1979)."""
         count = self.count + other.count
@@ -98,35 +106,60 @@ class Estimate(NamedTuple):
     standard_error: float
 
 
-def kernel_distance(x: Array, y: Array) -> Estimate:
+def kernel_distance(x: Array, y: Array, x_strata: Array | None = None, y_strata: Array | None = None) -> Estimate:
     """The squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, unbiased, with its standard error.
 
-    Binkowski et al. 2018, sec. 4 and eq. 4; an unbiased estimate may be below 0. The standard error is the jackknife's,
-    over the images of both sets. Needs at least 3 of each.
+    Binkowski et al. 2018, sec. 4 and eq. 4; an unbiased estimate may be below 0. The standard error is that of the
+    first-order projections of both sets (Hoeffding 1948).
+
+    strata  (n,) and (m,) the class of each image, if the set has a fixed number of each; without them the estimate
+            would be biased downwards, since such sets have fewer pairs within a class than independent images
+
+    Needs at least 3 images of each kind, and 2 of each class.
     """
     n, m = len(x), len(y)
     if min(n, m) < 3:
         raise ValueError(f"a kernel distance needs at least 3 images of each kind, not {n} and {m}")
-    rows_x, rows_y = _kernel_sums(x, x, skip_diagonal=True), _kernel_sums(y, y, skip_diagonal=True)
-    cross_x, cross_y = _kernel_sums(x, y), _kernel_sums(y, x)
-    within_x, within_y, cross = rows_x.sum() / (n * (n - 1)), rows_y.sum() / (m * (m - 1)), cross_x.sum() / (n * m)
-    left_x = (rows_x.sum() - 2 * rows_x) / ((n - 1) * (n - 2)) - 2 * (cross_x.sum() - cross_x) / ((n - 1) * m)
-    left_y = (rows_y.sum() - 2 * rows_y) / ((m - 1) * (m - 2)) - 2 * (cross_y.sum() - cross_y) / (n * (m - 1))
-    variance = (n - 1) * left_x.var() + (m - 1) * left_y.var()
-    return Estimate(float(within_x + within_y - 2 * cross), float(np.sqrt(variance)))
+    of_x, of_y = _within(x, x_strata), _within(y, y_strata)
+    cross_x, cross_y = _kernel_sums(x, y)[0] / m, _kernel_sums(y, x)[0] / n
+    value = of_x.mean() + of_y.mean() - 2 * cross_x.mean()
+    variance = 4 * _variance(of_x - cross_x, x_strata) / n + 4 * _variance(of_y - cross_y, y_strata) / m
+    return Estimate(float(value), float(np.sqrt(variance)))
 
 
-def _kernel_sums(a: Array, b: Array, skip_diagonal: bool = False) -> Array:
-    """For each row of a, the sum of its kernels with the rows of b."""
-    sums = np.empty(len(a))
+def _within(a: Array, strata: Array | None) -> Array:
+    """For each row of a, its mean kernel with independent images of the same kind; the mean of all is unbiased."""
+    n = len(a)
+    strata = np.zeros(n, int) if strata is None else strata
+    sums, same = _kernel_sums(a, a, strata)
+    _, place, counts = np.unique(strata, return_inverse=True, return_counts=True)
+    if counts.min() < 2:
+        raise ValueError("a kernel distance needs at least 2 images of each class")
+    size = counts[place]
+    return (sums - same) / n + same / n * size / (size - 1)
+
+
+def _variance(values: Array, strata: Array | None) -> float:
+    """The variance within strata."""
+    if strata is None:
+        return float(values.var(ddof=1))
+    parts = [values[strata == stratum] for stratum in np.unique(strata)]
+    return float(sum(len(part) * part.var(ddof=1) for part in parts) / len(values))
+
+
+def _kernel_sums(a: Array, b: Array, strata: Array | None = None) -> tuple[Array, Array]:
+    """For each row of a, the sum of its kernels with the rows of b; and, where a is b and of these strata, with those
+    of the same stratum. A row and itself are left out then."""
+    sums, same = np.empty(len(a)), np.empty(len(a))
     for start in range(0, len(a), ROWS):
         part = slice(start, start + ROWS)
         kernels = (a[part] @ b.T / a.shape[1] + 1) ** 3
-        if skip_diagonal:
+        if strata is not None:
             rows = np.arange(len(kernels))
             kernels[rows, start + rows] = 0
+            same[part] = (kernels * (strata[part, None] == strata)).sum(1)
         sums[part] = kernels.sum(1)
-    return sums
+    return sums, same
 
 
 class Manifolds(NamedTuple):

@@ -21,6 +21,7 @@ from fpdm.files import write_aside
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito 2008
 MARKERS = {"ddpm": "o", "ddim": "s", "dpm++": "^"}
+SIGNS = {"ddpm": "&#9679;", "ddim": "&#9632;", "dpm++": "&#9650;"}  # the same in text
 AXES = {
     "passes": "transformer block passes per image",
     "operations": "operations per image",
@@ -44,7 +45,8 @@ def write_report(points: list[Row], out: Path) -> Path:
         distance=html.escape(distance),
         quality=quality,
         others=others,
-        table=table(rows, [distance, *names]),
+        legend=legend(rows),
+        table=table(sorted(rows, key=lambda row: row["budget"]), [distance, *names]),
         overlays="".join(overlay(row, out / "grids" / f"{row['key']}.png") for row in rows),
         conditions=conditions(rows),
     )
@@ -65,7 +67,7 @@ def summary(rows: list[Row]) -> str:
     return html.escape(
         f"{len(rows)} points; {' or '.join(f'{n:,}' for n in counts)} samples each against {first.real['images']:,} "
         f"images of {first.real['name']}, {size} x {size}, by features of {first.identity['features']['network']}. "
-        f"The dashed line is the floor: {a:,} real images against {b:,} others. Bars are 95% intervals."
+        f"The dashed line is the floor: {a:,} real images against {b:,} other real ones. Bars are 95% intervals."
     )
 
 
@@ -85,13 +87,13 @@ def plot(rows: list[Row], x: str, name: str) -> str:
     models = list(dict.fromkeys(row["model"] for row in rows))
     distance = rows[0]["evaluation"].measures[0].name == name
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": x + name, "font.size": 10}):
-        figure, axis = plt.subplots(figsize=(6.2, 4.2), layout="constrained")
+        figure, axis = plt.subplots(figsize=(6.2, 4.0), layout="constrained")
         for (model, scheduler), group in groupby(rows, key=lambda row: (row["model"], row["scheduler"])):
             series = list(group)
             colour, marker = COLOURS[models.index(model) % len(COLOURS)], MARKERS.get(scheduler, "D")
             best = best_of(series, measured)
             axis.plot([row[x] for row in best], [measured(row).value for row in best], color=colour,
-                      marker=marker, markersize=5, linewidth=1.1, label=f"{model}, {scheduler}")  # fmt: skip
+                      marker=marker, markersize=5, linewidth=1.1)  # fmt: skip
             values = [measured(row) for row in series]
             spread = [[m.value - m.low for m in values], [m.high - m.value for m in values]]
             axis.errorbar([row[x] for row in series], [m.value for m in values], spread, fmt="none", ecolor=colour,
@@ -105,14 +107,23 @@ def plot(rows: list[Row], x: str, name: str) -> str:
         axis.set(xlabel=AXES[x], ylabel=name)
         axis.grid(alpha=0.25, which="both")
         if x == "passes":
-            budgets = sorted({row["passes"] for row in rows})
+            budgets = sorted({row["budget"] for row in rows})
             axis.set_xticks(budgets, [str(n) for n in budgets], rotation=45 if len(budgets) > 8 else 0)
             axis.minorticks_off()
-        axis.legend(fontsize=8)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         plt.close(figure)
     return f"<figure>{linked(buffer.getvalue(), rows, name)}</figure>"
+
+
+def legend(rows: list[Row]) -> str:
+    """What colours and marks mean, once for all plots."""
+    models = dict.fromkeys(row["model"] for row in rows)
+    schedulers = dict.fromkeys(row["scheduler"] for row in rows)
+    colours = [f'<span style="color:{COLOURS[i % len(COLOURS)]}">&#9473;&#9473;</span> {html.escape(model)}'
+               for i, model in enumerate(models)]  # fmt: skip
+    marks = [f"<span>{SIGNS.get(scheduler, '&#9670;')}</span> {html.escape(scheduler)}" for scheduler in schedulers]
+    return "".join(f"<li>{item}</li>" for item in [*colours, *marks])
 
 
 def best_of(series: list[Row], measured: Callable[[Row], Measure]) -> list[Row]:

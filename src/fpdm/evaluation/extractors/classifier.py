@@ -24,7 +24,7 @@ LARGEST = 64  # side of the images; beyond, a network trained on photographs is 
 BATCH, RATE = 128, 2e-3
 EPOCHS, MOST_STEPS = 24, 2000  # few: a network that has memorised images sees those it was shown unlike all others
 MOST_HELD_OUT = 10_000
-NOISE = 0.5  # largest standard deviation added in training, in images in [-1, 1]: samples are not quite clean
+NOISE = 0.3  # largest standard deviation added in training, in images in [-1, 1]: samples are not quite clean
 
 
 class Net(nn.Module):
