@@ -68,6 +68,11 @@ def side_of(pipe: FixedPointDiTPipeline) -> int:
     return pipe.transformer.config.sample_size * 2**doublings
 
 
+def channels_of(pipe: FixedPointDiTPipeline) -> int:
+    """The channels of the pipeline's images."""
+    return pipe.transformer.config.in_channels if pipe.vae is None else pipe.vae.config.out_channels
+
+
 def draw_missing(
     pipe: FixedPointDiTPipeline,
     out: Path,
@@ -79,11 +84,13 @@ def draw_missing(
 ) -> Report:
     """Draw those of images 0 to count - 1 that `out` lacks; the report covers all that were ever drawn into it.
 
-    classes   of the images, cycled; None draws without classes
+    classes   numbers or names, of the images in turn; None draws without classes
     on_batch  called with the number of images of each batch that was drawn, instead of showing a bar of its own
 
     Raises ValueError, before anything is drawn, if `out` holds images of another request.
     """
+    numbers = pipe.labels(classes, None)
+    classes = None if numbers is None else numbers.tolist()
     labels = cycled(classes, count)
     plan = choices.plan(pipe)
     pipe.check_inputs(plan, pipe.labels(labels, None), choices.scheduler, choices.guidance_scale)

@@ -37,7 +37,7 @@ def check_writable(path: Path) -> None:
     """Raises OSError if a folder at `path` cannot be made or written to, by making a file where it would be."""
     there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not there.is_dir():
-        raise NotADirectoryError(f"{there} is a file: choose another place with --runs-dir or --out")
+        raise NotADirectoryError(f"{there} is a file: choose another place")
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             file.write(b"\0" * 4096)

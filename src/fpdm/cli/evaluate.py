@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 MODEL_FILES = ("model_index.json", "pipeline", "checkpoints")
 LEAST = 50  # samples to draw of a model
-MIN_REPLICATES = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,11 +41,9 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     measuring.add_argument("--weights", metavar="FILE", help="of that network (default: its own)")
     measuring.add_argument("--statistics", metavar="FILE",
                            help="of the real images, made if it is not there (default: one in the cache)")  # fmt: skip
-    measuring.add_argument("--replicates", type=int, default=100, metavar="N", help="of the bootstrap (100)")
 
 
 def run(options: argparse.Namespace) -> int:
-    check_measuring(options)
     out = None if options.out is None else Path(options.out)
     if out is not None:
         check_writable(out)
@@ -67,8 +64,9 @@ def is_samples(place: str) -> bool:
 def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str, Any]:
     path = Path(options.model)
     refuse_drawing(options)
-    if out is not None and out.resolve() == path.resolve() and not (path / "request.json").is_file():
-        raise ValueError(f"{out} holds the samples, which nearest.png would join: choose another --out")
+    drawn = (path / "request.json").is_file()  # of whose pictures only the numbered ones are samples
+    if out is not None and path.is_dir() and not drawn and out.resolve().is_relative_to(path.resolve()):
+        raise ValueError(f"{out} is in the folder of the samples, which nearest.png would join: choose another --out")
     quiet_libraries()
     from fpdm.evaluation import open_samples
     from fpdm.machine import made_with
@@ -77,26 +75,27 @@ def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str,
     instrument = open_instrument(options, samples.size)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    result = instrument.measure(samples, options.replicates, None if out is None else out / "nearest.png")
+    result = instrument.measure(samples, None if out is None else out / "nearest.png")
     return {"evaluation": result, "samples": path.name, "made_with": made_with(instrument.extractor.device)}
 
 
 def evaluate_model(options: argparse.Namespace, out: Path | None) -> dict[str, Any]:
     """Draw what is missing, then measure. What cannot be measured is refused before anything is drawn."""
     check_counts(options, LEAST)
+    folder = model_folder(options.model)
     if out is None:
         raise ValueError("to evaluate a model, name a folder for its samples with --out")
-    folder = model_folder(options.model)
     quiet_libraries()
-    from fpdm.drawing import load_pipeline, side_of
+    from fpdm.drawing import channels_of, load_pipeline, side_of
     from fpdm.evaluation import open_samples
     from fpdm.machine import made_with
 
     pipe = load_pipeline(folder, options.device, options.dtype)
     instrument = open_instrument(options, side_of(pipe))
+    instrument.check(channels_of(pipe))
     report = draw(options)
     samples = open_samples(out, options.num_images)
-    result = instrument.measure(samples, options.replicates, out / "nearest.png")
+    result = instrument.measure(samples, out / "nearest.png")
     return {
         "evaluation": result,
         "request": read_json(out / "request.json"),
@@ -121,15 +120,10 @@ def open_instrument(options: argparse.Namespace, size: int) -> "Instrument":
     )
 
 
-def check_measuring(options: argparse.Namespace) -> None:
-    if options.replicates < MIN_REPLICATES:
-        raise ValueError(f"--replicates is {options.replicates}; an interval takes at least {MIN_REPLICATES}")
-
-
 def refuse_drawing(options: argparse.Namespace) -> None:
     """Raises ValueError for options of drawing where there are samples already."""
     for name in ("num_images", "classes", "seed", "budget", "steps", "iterations", "allocation", "reuse", "scheduler",
-                 "guidance_scale"):  # fmt: skip
+                 "guidance_scale", "batch_size", "dtype"):  # fmt: skip
         if getattr(options, name) != options.parser.get_default(name):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{options.model} holds samples, which are measured as they are: leave {flag} out")

@@ -9,7 +9,7 @@ the same command goes on, and further models, budgets and schedulers may be adde
 import argparse
 from pathlib import Path
 
-from fpdm.cli.evaluate import LEAST, add_measuring_arguments, check_measuring
+from fpdm.cli.evaluate import LEAST, add_measuring_arguments
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.cli.sample import check_counts
 from fpdm.files import cache_folder, check_writable
@@ -43,7 +43,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    check_measuring(options)
     check_counts(options, LEAST)
     if options.processes < 1:
         raise ValueError(f"--processes is {options.processes}; it must be at least 1")

@@ -1,7 +1,7 @@
 """Sources of images and labels, and the keyed stream that training reads."""
 
 from fpdm.data.arrays import ArraySource, digits, idx_folder, npz_file, write_npz
-from fpdm.data.sources import BrokenImage, ImageFolder, Source, open_images
+from fpdm.data.sources import BrokenImage, ImageFolder, Source, open_images, read_image
 from fpdm.data.stream import Batch, Slots, Stream, loader
 from fpdm.data.transforms import CROPS, central, image_of, pixels, prepare
 
@@ -23,5 +23,6 @@ __all__ = [
     "open_images",
     "pixels",
     "prepare",
+    "read_image",
     "write_npz",
 ]

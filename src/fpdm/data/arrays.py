@@ -12,6 +12,7 @@ import numpy as np
 from numpy.lib import format as npy
 from PIL import Image
 
+MOST_CLASSES = 1_000_000
 SPLITS = {"train": "train", "test": "t10k"}  # of the MNIST family, and how its files call them
 
 
@@ -92,10 +93,10 @@ def npz_file(path: str | Path) -> ArraySource:
     They are read into memory. Raises ValueError for a file that is damaged or laid out otherwise.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("arr_0", "arr_1") if name in archive.files}
+        with Path(path).open("rb") as file, np.load(file, allow_pickle=False) as archive:
             found = archive.files
-    except (EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            arrays = {name: np.asarray(archive[name]) for name in ("arr_0", "arr_1") if name in found}
+    except Exception as error:  # a damaged archive can raise anything
         raise ValueError(f"{path} is damaged, or not an .npz file: {error}") from error
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None:
@@ -106,9 +107,11 @@ def npz_file(path: str | Path) -> ArraySource:
         raise ValueError(
             f"{path}: arr_1 is {labels.dtype} {labels.shape}, not a label for each of {len(images)} images"
         )
-    if labels is not None and len(labels) and labels.min() < 0:
-        raise ValueError(f"{path}: arr_1 has negative labels, down to {labels.min()}")
-    names = [] if labels is None or not len(labels) else [str(label) for label in range(int(labels.max()) + 1)]
+    if not len(images):
+        raise ValueError(f"{path} holds no images: arr_0 is {images.shape}")
+    if labels is not None and not 0 <= labels.min() <= labels.max() < MOST_CLASSES:
+        raise ValueError(f"{path}: arr_1 has labels from {labels.min()} to {labels.max()}; they must count from 0")
+    names = [] if labels is None else [str(label) for label in range(int(labels.max()) + 1)]
     images = images[..., 0] if images.shape[3:] == (1,) else images
     return ArraySource(images, labels if names else None, names)
 

@@ -106,13 +106,21 @@ class ImageFolder:
         return len(self.names)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        path = self.root / self.names[index]
-        try:
-            with Image.open(path) as file:
-                image = opaque(eight_bits(ImageOps.exif_transpose(file))).convert("L" if self.channels == 1 else "RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise BrokenImage(f"{self.names[index]}: {error}") from error
-        return image, self.labels[index]
+        image = read_image(self.root / self.names[index], self.names[index])
+        return image.convert("L" if self.channels == 1 else "RGB"), self.labels[index]
+
+
+def read_image(path: Path, name: str) -> Image.Image:
+    """An image file as it is to be looked at: upright, 8 bits, not transparent, grey ("L") or RGB.
+
+    Raises BrokenImage, calling it `name`, if it cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            image = opaque(eight_bits(ImageOps.exif_transpose(file)))
+            return image if image.mode == "L" else image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BrokenImage(f"{name}: {error}") from error
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

@@ -15,15 +15,24 @@ from tqdm import tqdm
 
 from fpdm.data import Source, central, image_of, open_images
 from fpdm.evaluation.extractors import Classifier, Extractor, make_extractor
-from fpdm.evaluation.metrics import Frechet, Moments, bootstrap_interval, kernel_distance, manifolds, nearest
+from fpdm.evaluation.metrics import (
+    Frechet,
+    Moments,
+    bootstrap_interval,
+    dealt,
+    jackknife_error,
+    kernel_distance,
+    manifolds,
+    nearest,
+)
 from fpdm.evaluation.reference import BATCH, Reference, features_of, identity_of, reference_for
-from fpdm.evaluation.samples import Samples
+from fpdm.evaluation.samples import LEAST, Samples
 from fpdm.files import write_aside
 from fpdm.imaging import grid
 from fpdm.keyed import seed_of
 
 PAIRS = 10_000  # most images of either kind where all pairs are compared
-REPLICATES = 100
+GROUPS = 25  # that the jackknife leaves out in turn: its error is then known to about 15%
 FLOORS = 4  # sets of real images that the floor is the mean of, where there are so many
 SHOWN = 10  # pairs in the picture of nearest neighbours
 
@@ -71,7 +80,10 @@ class Evaluation:
     notes: tuple[str, ...] = ()
 
     def __getitem__(self, name: str) -> Measure:
-        return next(measure for measure in self.measures if measure.name == name)
+        for measure in self.measures:
+            if measure.name == name:
+                return measure
+        raise KeyError(name)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,6 +150,7 @@ class Instrument:
         Raises ValueError for what is unknown, missing, or does not fit together; ImportError for a missing package.
         """
         source = open_images(data, split=split)
+        check_count(len(source), data)
         features = features or default_features(source, size)
         learned_from = source if split == "train" else open_images(data)
         extractor = make_extractor(features, weights, device, learned_from, size, cache)
@@ -145,11 +158,15 @@ class Instrument:
             identity = json.dumps(identity_of(source, size, extractor), sort_keys=True)
             statistics = cache / f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
         reference = reference_for(source, size, extractor, statistics, say)
+        check_count(len(source) - reference.broken, data)
         return cls(data if split == "train" else f"{data} ({split})", source, size, extractor, reference)
 
-    def measure(
-        self, samples: Samples, replicates: int = REPLICATES, picture: Path | None = None, progress: bool = True
-    ) -> Evaluation:
+    def check(self, channels: int) -> None:
+        """Raises ValueError if images of so many channels cannot be measured."""
+        if channels == 3 and self.source.channels == 1:
+            raise ValueError("the samples are in colour and the real images are grey: name other --data")
+
+    def measure(self, samples: Samples, picture: Path | None = None, progress: bool = True) -> Evaluation:
         """All metrics of the samples. With `picture`, the samples that are nearest to a real image are drawn there,
         each above it.
 
@@ -159,11 +176,10 @@ class Instrument:
             raise ValueError(f"the samples are {samples.size} x {samples.size}, not {self.size} x {self.size}")
         x, labels = self.features(samples, progress), samples.labels(self.source.class_names)
         strata = strata_of(labels)
-        measures = [self.frechet(x, replicates, strata), self.kernel(x, labels if strata else None)]
-        measures += self.neighbourhoods(x, replicates)
+        measures = [self.frechet(x, strata), self.kernel(x, strata), *self.neighbourhoods(x)]
         if isinstance(self.extractor, Classifier) and labels is not None:
-            measures.append(self.accuracy(x, np.array(labels), replicates))
-        near, distances, numbers = self.nearest(x, replicates)
+            measures.append(self.accuracy(x, np.array(labels)))
+        near, distances, numbers = self.nearest(x)
         measures.append(near)
         if picture is not None:
             self.draw_nearest(samples, distances, numbers, picture)
@@ -235,48 +251,48 @@ class Instrument:
         count = len(self.blocks(x)[0])
         return count, self.reference.moments.count - count
 
-    def frechet(self, x: np.ndarray, replicates: int, strata: list[np.ndarray] | None) -> Measure:
-        whole, value = self.reference.moments, self.distance.of(x)
-        low, high = bootstrap_interval(self.distance.of, x, value, rng_for("frechet"), replicates, strata)
+    def frechet(self, x: np.ndarray, strata: np.ndarray | None) -> Measure:
+        whole, value = self.reference.moments, self.distance(Moments.of(x))
+        margin = 1.96 * jackknife_error(self.distance, x, dealt(len(x), GROUPS, rng_for("frechet"), strata))
         parts = [Moments.of(block) for block in self.blocks(x)]
         floor = float(np.mean([Frechet(whole.without(part))(part) for part in parts]))
-        return Measure(self.extractor.distance, value, max(0.0, low), high, floor, "lower")
+        return Measure(self.extractor.distance, value, max(0.0, value - margin), value + margin, floor, "lower")
 
-    def kernel(self, x: np.ndarray, labels: list[int] | None) -> Measure:
+    def kernel(self, x: np.ndarray, strata: np.ndarray | None) -> Measure:
         (a, b), half = (kept[: PAIRS // 2] for kept in self.kept), PAIRS // 2
         of_a, of_b = self.classes(0)[:half], self.classes(1)[:half]
-        of_x = None if labels is None else np.array(labels)[:PAIRS]
+        of_x = None if strata is None else strata[:PAIRS]
         estimate = kernel_distance(
             x[:PAIRS], np.concatenate([a, b]), paired(of_x), paired(np.concatenate([of_a, of_b]))
         )
         margin = 1.96 * estimate.standard_error
         floor = kernel_distance(a, b, paired(of_a), paired(of_b)).value
         value = estimate.value
-        return Measure("kernel distance", value, value - margin, value + margin, floor, "lower")
+        name = "KID" if self.extractor.distance == "FID" else "kernel distance"
+        return Measure(name, value, value - margin, value + margin, floor, "lower")
 
     def compared(self, x: np.ndarray) -> int:
-        """How many samples are compared with as many real images, pair by pair."""
-        return min(len(x), PAIRS, sum(len(half.numbers) for half in self.reference.halves))
+        """How many samples are compared with as many real images, pair by pair, and as many of those with others."""
+        return min(len(x), PAIRS, *(len(half.numbers) for half in self.reference.halves))
 
-    def neighbourhoods(self, x: np.ndarray, replicates: int) -> list[Measure]:
+    def neighbourhoods(self, x: np.ndarray) -> list[Measure]:
         count = self.compared(x)
         found = manifolds(x[:count], self.reference.some(count).astype(np.float64))
-        a, b = (kept[:count] for kept in self.kept)
-        shared = min(len(a), len(b))
-        floors = manifolds(a[:shared], b[:shared])
+        a, b = self.kept
+        floors = manifolds(a[:count], b[:count])
         return [
-            mean_measure(name, getattr(found, name), float(getattr(floors, name).mean()), "higher", replicates)
-            for name in found._fields
+            mean_measure(name, values, float(floor.mean()))
+            for name, values, floor in zip(found._fields, found, floors, strict=True)
         ]
 
-    def accuracy(self, x: np.ndarray, labels: np.ndarray, replicates: int) -> Measure:
+    def accuracy(self, x: np.ndarray, labels: np.ndarray) -> Measure:
         """Samples that the classifier finds to be of the class asked for; as floor, its accuracy on real images that
         it was not trained on."""
         assert isinstance(self.extractor, Classifier)
         named = self.extractor.classify(torch.from_numpy(x).float()).cpu().numpy()
-        return mean_measure("accuracy", named == labels, self.extractor.accuracy, "higher", replicates)
+        return mean_measure("accuracy", named == labels, self.extractor.accuracy)
 
-    def nearest(self, x: np.ndarray, replicates: int) -> tuple[Measure, np.ndarray, np.ndarray]:
+    def nearest(self, x: np.ndarray) -> tuple[Measure, np.ndarray, np.ndarray]:
         """The median distance to the nearest real image, which is as low for copies; as floor, that of real images to
         the nearest other one. Distances (n,) and, for each sample, the number of that image in the data set (n,)."""
         a, b = self.reference.halves
@@ -284,7 +300,7 @@ class Instrument:
         distances, places = nearest(x[:PAIRS], y)
         own, _ = nearest(y[:PAIRS], y, skip_own=True)
         value = float(np.median(distances))
-        low, high = bootstrap_interval(lambda d: float(np.median(d)), distances, value, rng_for("nearest"), replicates)
+        low, high = bootstrap_interval(lambda d: float(np.median(d)), distances, rng_for("nearest"))
         return (
             Measure("nearest real image", value, low, high, float(np.median(own)), "floor"),
             distances,
@@ -299,26 +315,30 @@ class Instrument:
         write_aside(path, lambda aside: grid(upper + lower, columns=len(upper)).save(aside, format="PNG"))
 
 
+def check_count(count: int, data: str) -> None:
+    if count < LEAST:
+        raise ValueError(f"{data} has {count} images that can be read: too few to compare with. Take {LEAST} or more")
+
+
 def default_features(source: Source, size: int) -> str:
     tiny = source.channels == 1 and size <= 32 and len(source.class_names) > 1
     return "classifier" if tiny else "efficientnet-lite0"
 
 
-def mean_measure(name: str, values: np.ndarray, floor: float, better: str, replicates: int) -> Measure:
+def mean_measure(name: str, values: np.ndarray, floor: float) -> Measure:
+    """The mean of what is better if higher."""
     values = values.astype(np.float64)
-    low, high = bootstrap_interval(
-        lambda v: float(v.mean()), values, float(values.mean()), rng_for(name), max(replicates, 1000)
-    )
-    return Measure(name, float(values.mean()), low, high, floor, better)
+    value = float(values.mean())
+    low, high = bootstrap_interval(lambda v: float(v.mean()), values, rng_for(name))
+    return Measure(name, value, low, high, floor, "higher")
 
 
-def strata_of(labels: list[int] | None) -> list[np.ndarray] | None:
-    """The numbers of the samples of each class, if the classes were taken in turn; else None."""
+def strata_of(labels: list[int] | None) -> np.ndarray | None:
+    """The labels (n,), if the classes were taken in turn, so that there are as many of each; else None."""
     if labels is None:
         return None
-    counts = np.bincount(labels)
-    counts = counts[counts > 0]
-    return [np.flatnonzero(np.array(labels) == c) for c in set(labels)] if counts.max() - counts.min() <= 1 else None
+    counts = np.unique(labels, return_counts=True)[1]
+    return np.array(labels) if counts.max() - counts.min() <= 1 else None
 
 
 def paired(labels: np.ndarray | None) -> np.ndarray | None:

@@ -4,7 +4,7 @@ x  (n, D)  features of generated images        y  (m, D)  features of real image
 mu, C      mean (D,) and covariance (D, D)     k          which nearest neighbour
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,30 +70,15 @@ class Frechet:
         self.root = (vectors * np.sqrt(_non_negative(values))) @ vectors.T
 
     def __call__(self, moments: Moments) -> float:
-        cov = moments.cov
-        product = self.root @ cov @ self.root
-        shared = np.sqrt(_non_negative(np.linalg.eigvalsh(product))).sum()
-        return self._distance(moments.mean, np.trace(cov), shared)
-
-    def of(self, features: Array) -> float:
-        """The distance of the Gaussian of `features` (n, D); quicker than through `Moments` where n < D."""
-        if len(features) >= features.shape[1]:
-            return self(Moments.of(features))
-        mean = features.mean(0)
-        centred = features - mean
-        half = centred @ self.root  # its Gram matrix (n, n) has the eigenvalues of the product that are not 0
-        gram = half @ half.T / (len(features) - 1)
-        shared = np.sqrt(_non_negative(np.linalg.eigvalsh(gram))).sum()
-        return self._distance(mean, (centred**2).sum() / (len(features) - 1), shared)
-
-    def _distance(self, mean: Array, trace: float, shared: float) -> float:
-        shift = ((mean - self.mean) ** 2).sum()
-        return float(max(0.0, shift + trace + self.trace - 2 * shared))
+        cov, shift = moments.cov, moments.mean - self.mean
+        shared = np.sqrt(_non_negative(np.linalg.eigvalsh(self.root @ cov @ self.root))).sum()
+        distance = shift @ shift + np.trace(cov) + self.trace - 2 * shared
+        return float(np.maximum(distance, 0))
 
 
 def _non_negative(values: Array) -> Array:
-    """Eigenvalues without what rounding made of those that are 0: its square root would be no rounding any more."""
-    return np.where(values > len(values) * np.finfo(values.dtype).eps * values.max(), values, 0.0)
+    """Eigenvalues without what rounding made of those that are 0, whose square roots would not be small any more."""
+    return np.where(values > np.finfo(values.dtype).eps * values.max(), values, 0.0)
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -184,8 +169,10 @@ def manifolds(x: Array, y: Array, k_precision: int = 3, k_density: int = 5) -> M
     most = max(k_precision, k_density)
     if min(len(x), len(y)) <= most:
         raise ValueError(f"neighbourhoods need more than {most} images of each kind, not {len(x)} and {len(y)}")
-    ball_x = _radii(x, [k_precision])[:, 0]
-    ball_y, wide_y = _radii(y, [k_precision, k_density]).T
+    # Copies of an image are on the edge of a ball, or at its centre: rounding must not put them outside.
+    slack = 1e-12 * max((x**2).sum(1).max(), (y**2).sum(1).max())
+    ball_x = _radii(x, [k_precision])[:, 0] + slack
+    ball_y, wide_y = _radii(y, [k_precision, k_density]).T + slack
     precision, density = np.zeros(len(x)), np.zeros(len(x))
     recall, coverage = np.zeros(len(y)), np.zeros(len(y))
     for start, squares in _squared_distances(x, y):
@@ -230,27 +217,32 @@ def _squared_distances(x: Array, y: Array):  # type: ignore[no-untyped-def]
 
 
 def bootstrap_interval(
-    statistic: Callable[[Array], float],
-    features: Array,
-    value: float,
-    rng: np.random.Generator,
-    replicates: int,
-    strata: Sequence[Array] | None = None,
-    level: float = 0.95,
+    statistic: Callable[[Array], float], values: Array, rng: np.random.Generator, replicates: int = 1000
 ) -> tuple[float, float]:
-    """An interval for the mean of `statistic` over sets of as many images as `features` (n, ...) has.
+    """A 95% interval for `statistic` of values (n,): the bootstrap's percentiles (Efron 1979). For means and medians;
+    in a Frechet distance, images drawn more than once would count as a lack of variety."""
+    n = len(values)
+    draws = [statistic(values[rng.integers(n, size=n)]) for _ in range(replicates)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)
 
-    The bootstrap's percentiles (Efron 1979), moved so that its mean is at `value`: a Frechet distance is biased upwards
-    at finite n, and that of a set drawn from the set twice so.
 
-    strata  the numbers of the images of each class, if the set has a fixed number of each; they are drawn within
+def jackknife_error(statistic: Callable[[Moments], float], features: Array, groups: Array) -> float:
+    """The standard error of a statistic of moments, from leaving out one group of features at a time (Tukey 1958).
+
+    groups  (n,) the group of each of the features (n, D), as `dealt` deals them
     """
-    parts = [np.arange(len(features))] if strata is None else strata
-    draws = np.array(
-        [
-            statistic(features[np.concatenate([rng.choice(part, len(part)) for part in parts])])
-            for _ in range(replicates)
-        ]
-    )
-    low, high = np.quantile(draws - draws.mean(), [(1 - level) / 2, (1 + level) / 2])
-    return float(value + low), float(value + high)
+    whole, count = Moments.of(features), int(groups.max()) + 1
+    without = [statistic(whole.without(Moments.of(features[groups == g]))) for g in range(count)]
+    return float(np.sqrt((count - 1) * np.var(without)))
+
+
+def dealt(count: int, groups: int, rng: np.random.Generator, strata: Array | None = None) -> Array:
+    """A group (count,) for each of so many images, at random; each class, where the set has a fixed number of each, is
+    dealt out in turn, so that leaving out a group leaves the classes in proportion."""
+    order = rng.permutation(count)
+    if strata is not None:
+        order = order[np.argsort(strata[order], kind="stable")]
+    group = np.empty(count, np.int64)
+    group[order] = np.arange(count) % groups
+    return group

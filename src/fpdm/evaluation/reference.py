@@ -8,6 +8,7 @@ it, as samples have whose classes are taken in turn.
 import json
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from fpdm.data import BrokenImage, Source, central, pixels
 from fpdm.evaluation.extractors import Extractor
 from fpdm.evaluation.metrics import Moments
-from fpdm.files import write_aside
+from fpdm.files import check_writable, write_aside
 from fpdm.keyed import generator
 
 FORMAT = 1
@@ -108,8 +109,10 @@ class Reference:
         return sum(counts) + self.broken == self.done
 
     def some(self, count: int) -> np.ndarray:
-        """Features (at most count, D) of as many images from either half."""
-        return np.concatenate([half.kept[: -(-count // 2)] for half in self.halves])[:count]
+        """Features (count, D) of as many images from either half, as far as there are so many."""
+        a, b = (half.kept for half in self.halves)
+        of_b = min(len(b), max(count // 2, count - len(a)))
+        return np.concatenate([a[: count - of_b], b[:of_b]])
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,6 +130,8 @@ class Reference:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             halves = [{k[2:]: v for k, v in tensors.items() if k.startswith(f"{i}.")} for i in range(2)]
             identity, done, broken = json.loads(header["identity"]), int(header["done"]), int(header["broken"])
+            if set(identity) != {"format", "data", "preprocessing", "features"}:
+                raise ValueError("it does not tell what it is of")
             return cls(identity, (Half.of(halves[0]), Half.of(halves[1])), done, broken)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} holds no statistics, or is damaged: {error}") from error
@@ -140,10 +145,13 @@ def reference_for(
     Raises ValueError if the file is of other data, other preprocessing or another network, naming what differs.
     """
     identity = identity_of(source, size, extractor)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; statistics are one file, such as {path / 'statistics.safetensors'}")
     if path.is_file():
         reference = Reference.load(path)
         refuse_other(reference, identity, path)
         return reference
+    check_writable(path.parent)
     partial = path.with_name(path.name + ".partial")
     reference = Reference(identity, (Half(), Half()))
     if partial.is_file():
@@ -156,6 +164,10 @@ def reference_for(
     except KeyboardInterrupt:
         reference.save(partial)
         raise
+    if reference.broken >= len(source) - 1:
+        raise ValueError(
+            f"{reference.broken} of {len(source)} real images cannot be read: there is nothing to compare with"
+        )
     reference.save(path)
     partial.unlink(missing_ok=True)
     return reference
@@ -168,16 +180,13 @@ def compute(reference: Reference, source: Source, size: int, extractor: Extracto
     with tqdm(total=len(source), initial=reference.done, desc="real images", unit="image", leave=False) as bar:
         while reference.done < len(source):
             half, end = (0, middle) if reference.done < middle else (1, len(source))
-            numbers, images = order[reference.done : min(end, reference.done + BATCH)], []
-            readable = []
+            numbers, images = order[reference.done : min(end, reference.done + BATCH)], {}
             for number in numbers:
-                try:
-                    images.append(pixels(central(source.load(number)[0], size)))
-                    readable.append(number)
-                except BrokenImage:
-                    reference.broken += 1
+                with suppress(BrokenImage):
+                    images[number] = pixels(central(source.load(number)[0], size))
             if images:
-                reference.halves[half].add(features_of(extractor, torch.stack(images)), readable)
+                reference.halves[half].add(features_of(extractor, torch.stack(list(images.values()))), list(images))
+            reference.broken += len(numbers) - len(images)
             reference.done += len(numbers)
             bar.update(len(numbers))
             if time.monotonic() - saved > SAVE_EVERY:
@@ -186,17 +195,19 @@ def compute(reference: Reference, source: Source, size: int, extractor: Extracto
 
 
 def halves_of(labels: Sequence[int] | np.ndarray) -> tuple[list[int], list[int]]:
-    """The numbers of the images in halves A and B, chosen at random within each class and spread evenly by class."""
+    """The numbers of the images in halves A and B: chosen at random within each class, half of each class and half of
+    all, and spread evenly by class."""
     shuffled = torch.randperm(len(labels), generator=generator("halves")).tolist()
     members: dict[int, list[int]] = {}
     for number in shuffled:
         members.setdefault(int(labels[number]), []).append(number)
     places: tuple[list[tuple[float, int]], list[tuple[float, int]]] = ([], [])
-    for turn, (_, numbers) in enumerate(sorted(members.items())):
+    for _, numbers in sorted(members.items()):
+        first = int(len(places[0]) > len(places[1]))
         for i, number in enumerate(numbers):
-            places[(i + turn) % 2].append((i / len(numbers), number))
-    first, second = ([number for _, number in sorted(place, key=itemgetter(0))] for place in places)
-    return first, second
+            places[(i + first) % 2].append((i / len(numbers), number))
+    a, b = ([number for _, number in sorted(place, key=itemgetter(0))] for place in places)
+    return a, b
 
 
 @torch.no_grad()
@@ -209,14 +220,15 @@ def features_of(extractor: Extractor, images: Tensor) -> np.ndarray:
 
 def refuse_other(reference: Reference, identity: dict[str, Any], path: Path) -> None:
     """Raises ValueError naming what a file of statistics is of, where that is not what it should be."""
+    if reference.identity == identity:
+        return
     wrong = [
-        f"{part} {name} is {reference.identity[part].get(name)!r}, not {value!r}"
+        f"{part} {name} is {reference.identity[part].get(name)!r}, not {identity[part].get(name)!r}"
         for part in ("data", "preprocessing", "features")
-        for name, value in identity.get(part, {}).items()
-        if reference.identity[part].get(name) != value
+        for name in sorted({*reference.identity[part], *identity[part]})
+        if reference.identity[part].get(name) != identity[part].get(name)
     ]
-    if wrong or reference.identity["format"] != FORMAT:
-        raise ValueError(
-            f"the statistics in {path} are of something else: {'; '.join(wrong) or 'an older format'}. "
-            "Name another file, or none"
-        )
+    raise ValueError(
+        f"the statistics in {path} are of something else: {'; '.join(wrong) or 'an older format'}. "
+        "Name another file, or none"
+    )

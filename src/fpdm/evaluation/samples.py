@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fpdm.data import BrokenImage, ImageFolder, npz_file, pixels
+from fpdm.data import BrokenImage, ImageFolder, npz_file, pixels, read_image
 from fpdm.drawing import cycled, image_file
 from fpdm.files import read_json
 
@@ -47,8 +47,8 @@ class Samples:
             return None
         if set(names) <= set(class_names):
             return [class_names.index(names[int(label)]) for label in self.source.labels]
-        if names == list(map(str, range(len(names)))) and len(names) <= len(class_names):
-            return [int(label) for label in self.source.labels]
+        if all(name.isdecimal() and int(name) < len(class_names) for name in names):
+            return [int(names[int(label)]) for label in self.source.labels]
         return None
 
     def batches(self, channels: int, size: int) -> Iterator[Tensor]:
@@ -65,21 +65,32 @@ class DrawnFolder:
         numbers = sorted(int(file.stem) for file in path.glob("*.png") if file.stem.isdecimal())[:count]
         self.files = [image_file(path, number) for number in numbers]
         self.class_names: list[str] = []
+        self.labels = [0] * len(numbers)
         if request["classes"]:
-            names = request.get("class_names") or list(map(str, range(max(request["classes"]) + 1)))
+            self.class_names = request["class_names"] or list(map(str, range(max(request["classes"]) + 1)))
             classes = cycled(request["classes"], max(numbers, default=-1) + 1) or []
-            self.class_names, self.labels = names, [classes[number] for number in numbers]
+            self.labels = [classes[number] for number in numbers]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        try:
-            with Image.open(self.files[index]) as file:
-                file.load()
-                return file.copy(), self.labels[index] if self.class_names else 0
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BrokenImage(f"{self.files[index].name}: {error}") from error
+        return read_image(self.files[index], self.files[index].name), self.labels[index]
+
+
+def is_drawn(folder: Path) -> bool:
+    """Whether a folder is of `draw_missing`. Raises ValueError for a request.json that is not its."""
+    path = folder / "request.json"
+    if not path.is_file():
+        return False
+    request = read_json(path)
+    if not isinstance(request, dict) or not {"classes", "class_names"} <= set(request):
+        raise ValueError(f"{path} is not one that `fpdm sample` writes: it names no classes. Take it out")
+    return True
+
+
+def folder_of(path: Path, count: int | None) -> Any:
+    return DrawnFolder(path, count) if is_drawn(path) else ImageFolder(path)
 
 
 def open_samples(place: str | Path, count: int | None = None) -> Samples:
@@ -91,11 +102,7 @@ def open_samples(place: str | Path, count: int | None = None) -> Samples:
     path = Path(place)
     if not path.exists():
         raise ValueError(f"there are no samples {place}: name a folder of images, an .npz file, or a model")
-    source: Any
-    if path.is_file():
-        source = npz_file(path)
-    else:
-        source = DrawnFolder(path, count) if (path / "request.json").is_file() else ImageFolder(path)
+    source: Any = npz_file(path) if path.is_file() else folder_of(path, count)
     if len(source) < LEAST:
         raise ValueError(f"{place} holds {len(source)} images: too few to measure anything by. Draw {LEAST} or more")
     return Samples(source, one_size(source, place))

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from fpdm.devices import pick_device
-from fpdm.drawing import Choices, draw_missing, load_pipeline, side_of
+from fpdm.drawing import Choices, channels_of, draw_missing, load_pipeline, side_of
 from fpdm.evaluation import Evaluation, Instrument, open_samples
 from fpdm.files import model_folder, read_json, write_json
 from fpdm.machine import made_with
@@ -44,7 +44,6 @@ class Settings:
     weights: str | None = None
     statistics: str | None = None
     cache: str = ""
-    replicates: int = 100
     num_images: int = 1000
     batch_size: int = 64
     seed: int = 0
@@ -111,7 +110,10 @@ def run_sweep(
         say(f"left out: {reason}")
     claim(out, settings, points)
     # Before several processes want them, the statistics of the real images are there.
-    identity = instrument_for(settings, size_of(points)).reference.identity
+    instrument = instrument_for(settings, size_of(points))
+    for folder in {point.folder for point in points}:
+        instrument.check(channels_of(load_pipeline(folder, "cpu", "float32")))
+    identity = instrument.reference.identity
     missing = [point for point in points if not finished(out, point, identity)]
     if len(missing) < len(points):
         say(f"{len(points) - len(missing)} of {len(points)} points are there")
@@ -288,7 +290,7 @@ def measure_point(
     classes = list(range(pipe.transformer.config.num_classes)) or None
     report = draw_missing(pipe, drawing, settings.num_images, classes, settings.batch_size, choices, on_batch)
     samples = open_samples(drawing, settings.num_images)
-    evaluation = instrument_for(settings, samples.size).measure(samples, settings.replicates, progress=False)
+    evaluation = instrument_for(settings, samples.size).measure(samples, progress=False)
     shutil.copyfile(drawing / "grid.png", out / "grids" / f"{point.key}.png")
     return {
         "model": point.label,

@@ -16,13 +16,14 @@ from tqdm import tqdm
 from fpdm.data import BrokenImage, Source, central, pixels
 from fpdm.files import write_aside
 from fpdm.keyed import generator, seed_of
-from fpdm.weights import digest
+from fpdm.weights import digest, fill
 
 FEATURES = 64
 WIDTH = 32
 LARGEST = 64  # side of the images; beyond, a network trained on photographs is the better eye
 BATCH, RATE = 128, 2e-3
 EPOCHS, MOST_STEPS = 24, 2000  # few: a network that has memorised images sees those it was shown unlike all others
+HEADER = {"data", "size", "channels", "class_names", "accuracy", "held_out"}
 MOST_HELD_OUT = 10_000
 NOISE = 0.3  # largest standard deviation added in training, in images in [-1, 1]: samples are not quite clean
 
@@ -122,7 +123,7 @@ class Classifier:
         if wrong := [f"{key} {header[key]}, not {value}" for key, value in wanted.items() if header[key] != value]:
             raise ValueError(f"the classifier {path} is of other images: {'; '.join(wrong)}")
         net = Net(size, source.channels, len(source.class_names))
-        net.load_state_dict({name: weight.float() for name, weight in load_file(path).items()})
+        fill(net, {name: weight.float() for name, weight in load_file(path).items()}, path)
         return cls(net, header, device)
 
     def save(self, path: Path) -> None:
@@ -214,6 +215,9 @@ def read_header(path: Path) -> dict[str, Any]:
     """What a classifier's file says of itself. Raises ValueError if it is none, or damaged."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads(file.metadata()["classifier"])
+            header = json.loads(file.metadata()["classifier"])
+        if missing := HEADER - set(header):
+            raise ValueError(f"its header lacks {', '.join(sorted(missing))}")
+        return header
     except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a classifier's file, or damaged: {error}") from error

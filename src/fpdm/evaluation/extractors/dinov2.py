@@ -1,8 +1,10 @@
 """DINOv2: features of a network trained without labels, which agree better with what people see than Inception's."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fpdm.evaluation.extractors.efficientnet import resized
@@ -29,9 +31,15 @@ class DINOv2:
         from transformers import Dinov2Model
 
         try:
-            self.model = Dinov2Model.from_pretrained(weights or HUB, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
+            if weights is not None and weights[0] in "./~" and not Path(weights).is_dir():
+                raise ValueError(f"there is no folder {weights}")
+            self.model, info = Dinov2Model.from_pretrained(
+                weights or HUB, use_safetensors=True, output_loading_info=True
+            )
+            if lacking := set(info["missing_keys"]) - {"embeddings.mask_token"}:  # which only its training uses
+                raise ValueError(f"weights are missing: {', '.join(sorted(lacking)[:3])}")
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise ValueError(f"DINOv2 cannot be opened ({reason}): name a folder of it with --weights") from error
         self.model.requires_grad_(False).eval().to(device)
         self.device = device

@@ -1,13 +1,11 @@
 """Inception-v3 as FID defines it."""
 
-import pickle
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fpdm.names import needs
-from fpdm.weights import digest
+from fpdm.weights import digest, load_tensors
 
 
 class Inception:
@@ -24,7 +22,7 @@ class Inception:
         from torch_fidelity import FeatureExtractorInceptionV3
 
         if weights is not None:
-            check_tensors_only(weights)  # torch-fidelity would run what a pickle says
+            load_tensors(weights)  # refuses anything else: torch-fidelity would run what a pickle says
         try:
             self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
         except (OSError, RuntimeError) as error:  # no network, no such file, other weights
@@ -43,12 +41,3 @@ class Inception:
 
     def features(self, images: Tensor) -> Tensor:
         return self.model(images.to(self.device))[0]
-
-
-def check_tensors_only(path: str) -> None:
-    """Raises ValueError if a file of weights is missing or holds anything but tensors."""
-    try:
-        torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"the weights {path} cannot be used: {reason}") from error
