@@ -52,14 +52,19 @@ class Choices:
 
 def load_pipeline(folder: str, device: str, dtype: str) -> FixedPointDiTPipeline:
     """The pipeline in a folder, on its device. Raises ValueError for damaged files or a device that is not there."""
-    device = pick_device(device)
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    device, kind = pick_device(device), dtype_of(dtype)
     try:
         pipe = FixedPointDiTPipeline.from_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the model {folder} cannot be opened: {error}") from error
-    return pipe.to(device, DTYPES[dtype])
+    return pipe.to(device, kind)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """Raises ValueError for a name that is none of those of weights."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 def side_of(pipe: FixedPointDiTPipeline) -> int:

@@ -21,7 +21,7 @@ from fpdm.experiments import sweep
 from tests.experiments.sweeps import grids_in, points_in, read_strictly, save_models, save_pipeline, times_of
 
 OPTIONS = [
-    "--data", "digits", "--num-images", "50", "--batch-size", "20", "--replicates", "20", "--budgets", "6,12",
+    "--data", "digits", "--num-images", "50", "--batch-size", "20", "--budgets", "6,12",
     "--schedulers", "dpm++", "--device", "cpu",
 ]  # fmt: skip
 NEVER = "6,12,60000"  # the last of these takes minutes: a sweep of them is not done before it is stopped
@@ -132,7 +132,6 @@ def test_a_sweep_says_where_its_report_is(models, tmp_path, capsys):
         (["--processes", "-2"], "--processes is -2"),
         (["--num-images", "49"], "--num-images must be at least 50"),
         (["--batch-size", "0"], "--batch-size at least 1"),
-        (["--replicates", "19"], "--replicates is 19"),
         (["--guidance-scale", "inf"], "guidance_scale is inf"),
         (["--allocation", "rizing", "--iterations", "2"], "unknown allocation 'rizing'. Did you mean 'rising'?"),
         (["--allocation", "rizing"], "unknown allocation 'rizing'. Did you mean 'rising'?"),
@@ -167,7 +166,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_left_behind(
         (["--seed", "1"], "seed was 0, is 1"),
         (["--num-images", "51"], "num_images was 50, is 51"),
         (["--guidance-scale", "2"], "guidance_scale was 1.0, is 2.0"),
-        (["--no-reuse", "--replicates", "30"], "replicates was 20, is 30; reuse was True, is False"),
+        (["--no-reuse"], "reuse was True, is False"),
         (["--dtype", "bfloat16"], "dtype was 'float32', is 'bfloat16'"),
         (["--features", "classifier"], "features was None, is 'classifier'"),
         (["--allocation", "rising", "--budgets", "40", "--iterations", "2"], "allocation was 'constant', is 'rising'"),

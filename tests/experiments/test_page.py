@@ -251,7 +251,7 @@ def test_the_page_says_what_was_measured_and_with_what(page):
 def test_names_with_special_characters_are_shown_as_they_are(label, tmp_path):
     rows = [point(label, 6, distance=9.0), point(label, 12, distance=4.0)]
     rows[0]["evaluation"]["real"]["name"] = "<b>data</b>"
-    rows[0]["evaluation"]["notes"] = ["note: a < b & c"]
+    rows[0]["evaluation"]["notes"] = ["note: <b>a</b> & c"]
     page = Page(written(rows, tmp_path))
     assert not list(page.all("b"))
     keys = [key_of(row) for row in rows]
@@ -262,7 +262,7 @@ def test_names_with_special_characters_are_shown_as_they_are(label, tmp_path):
     assert [line[0] for line in page.table()[1:-1]] == [label, label]
     assert page.text(next(iter(page.all("h1")))) == f"Quality against compute: {label}"
     assert "images of <b>data</b>" in page.text(page.root)
-    assert "note: a < b & c" in page.text(page.overlays()[keys[0]])
+    assert "note: <b>a</b> & c" in page.text(page.overlays()[keys[0]])
 
 
 @pytest.mark.parametrize("changes", [{"kernel": -0.02, "iterations": 3, "diverged": 7}, {"distance": 0.0}], ids=str)

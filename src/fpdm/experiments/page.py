@@ -35,8 +35,7 @@ def write_report(points: list[Row], out: Path) -> Path:
     rows = [
         {**point, "key": key_of(point), "evaluation": Evaluation.from_dict(point["evaluation"])} for point in points
     ]
-    distance = rows[0]["evaluation"].measures[0].name
-    names = [measure.name for measure in rows[0]["evaluation"].measures[1:]]
+    distance, *names = dict.fromkeys(m.name for row in rows for m in row["evaluation"].measures)
     quality = "".join(plot(rows, x, distance) for x in AXES)
     others = "".join(plot(rows, "passes", name) for name in names)
     page = Template((files("fpdm.experiments") / "page.html").read_text()).substitute(
@@ -95,15 +94,15 @@ def plot(rows: list[Row], x: str, name: str) -> str:
             axis.plot([row[x] for row in best], [measured(row).value for row in best], color=colour,
                       marker=marker, markersize=5, linewidth=1.1)  # fmt: skip
             values = [measured(row) for row in series]
-            spread = [[m.value - m.low for m in values], [m.high - m.value for m in values]]
+            spread = [[max(0, m.value - m.low) for m in values], [max(0, m.high - m.value) for m in values]]
             axis.errorbar([row[x] for row in series], [m.value for m in values], spread, fmt="none", ecolor=colour,
                           alpha=0.4, linewidth=1)  # fmt: skip
             axis.scatter([row[x] for row in series], [m.value for m in values], s=80, color=colour, marker=marker,
                          alpha=0.35, linewidth=0, urls=[f"#{row['key']}" for row in series])  # fmt: skip
         axis.axhline(measured(rows[0]).floor, color="#666", linestyle="--", linewidth=1)
-        axis.set_xscale("log")
-        if distance and min(measured(row).value for row in rows) > 0:
-            axis.set_yscale("log")
+        logarithmic(axis.xaxis, [row[x] for row in rows])
+        if distance:
+            logarithmic(axis.yaxis, [measured(row).value for row in rows])
         axis.set(xlabel=AXES[x], ylabel=name)
         axis.grid(alpha=0.25, which="both")
         if x == "passes":
@@ -114,6 +113,18 @@ def plot(rows: list[Row], x: str, name: str) -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
         plt.close(figure)
     return f"<figure>{linked(buffer.getvalue(), rows, name)}</figure>"
+
+
+def logarithmic(axis: Any, values: list[float]) -> None:
+    """A logarithmic scale with plain numbers, for values over a range that calls for one; else it stays linear."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if min(values) <= 0 or max(values) < 8 * min(values):
+        return
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def legend(rows: list[Row]) -> str:
@@ -135,12 +146,13 @@ def best_of(series: list[Row], measured: Callable[[Row], Measure]) -> list[Row]:
 
 def linked(svg: str, rows: list[Row], name: str) -> str:
     """The SVG element alone; its links stay on the page, and tell what they are of when pointed at."""
-    svg = svg[svg.index("<svg") :].replace(' target="_blank"', "")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = svg.replace(' target="_blank"', "")
     tips = {row["key"]: tip(row, name) for row in rows}
 
     def with_tip(found: re.Match[str]) -> str:
-        key = found[1]
-        return f'<a href="#{html.escape(key)}"><title>{html.escape(tips[html.unescape(key)])}</title>'
+        key = html.unescape(found[1])
+        return f'<a href="#{html.escape(key)}"><title>{html.escape(tips[key])}</title>'
 
     return re.sub(r'<a xlink:href="#([^"]*)">', with_tip, svg)
 
@@ -165,8 +177,9 @@ def table(rows: list[Row], names: list[str]) -> str:
             interval = "" if m is None else f"<small>{significant(m.low)} to {significant(m.high)}</small>"
             cells.append("" if m is None else f"{significant(m.value)}<br>{interval}")
         lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    floors = [measure_of(rows[0], name) for name in names]
-    cells = ["floor", "", "", "", "", "", *("" if m is None else significant(m.floor) for m in floors)]
+    found = [[m for row in rows if (m := measure_of(row, name)) is not None] for name in names]
+    floors = [measures[0] for measures in found]
+    cells = ["floor", "", "", "", "", "", *(significant(m.floor) for m in floors)]
     lines.append(f"<tr class=floor>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return f"<table>{''.join(lines)}</table>"
 

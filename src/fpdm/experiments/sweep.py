@@ -16,6 +16,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -25,12 +26,13 @@ import torch
 from tqdm import tqdm
 
 from fpdm.devices import pick_device
-from fpdm.drawing import Choices, channels_of, draw_missing, load_pipeline, side_of
+from fpdm.drawing import Choices, channels_of, draw_missing, dtype_of, load_pipeline, side_of
 from fpdm.evaluation import Evaluation, Instrument, open_samples
 from fpdm.files import model_folder, read_json, write_json
 from fpdm.machine import made_with
+from fpdm.names import unknown
 from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.sampling import operations_of, total
+from fpdm.sampling import ALLOCATIONS, operations_of, total
 from fpdm.weights import digest
 
 
@@ -69,6 +71,7 @@ class Point:
     budget: int
     scheduler: str
     iterations: int | None = None
+    allocation: str = "constant"
     operations: int = 0
 
     @property
@@ -80,7 +83,7 @@ class Point:
         return Choices(
             budget=self.budget,
             iterations=self.iterations,
-            allocation=settings.allocation if self.iterations is not None else "constant",
+            allocation=self.allocation,
             reuse=settings.reuse,
             scheduler=self.scheduler,
             guidance_scale=settings.guidance_scale,
@@ -105,16 +108,18 @@ def run_sweep(
     Raises ValueError, before anything is computed, for models, budgets or settings that cannot be, or if `out` holds a
     sweep of other settings or other models of the same names.
     """
+    dtype_of(settings.dtype)
+    device_for(settings)
     points, left_out = points_of(models, budgets, schedulers, iterations, settings)
     for reason in left_out:
         say(f"left out: {reason}")
-    claim(out, settings, points)
+    size, channels = shape_of(points)
+    check_claim(out, settings, points)
     # Before several processes want them, the statistics of the real images are there.
-    instrument = instrument_for(settings, size_of(points))
-    for folder in {point.folder for point in points}:
-        instrument.check(channels_of(load_pipeline(folder, "cpu", "float32")))
-    identity = instrument.reference.identity
-    missing = [point for point in points if not finished(out, point, identity)]
+    instrument = instrument_for(settings, size)
+    instrument.check(channels)
+    claim(out, settings, points, instrument.reference.identity)
+    missing = [point for point in points if not finished(out, point.key)]
     if len(missing) < len(points):
         say(f"{len(points) - len(missing)} of {len(points)} points are there")
     work = {point: point.operations * settings.num_images for point in missing}
@@ -133,15 +138,19 @@ def points_of(
     models: list[str], budgets: list[int], schedulers: list[str], iterations: list[int] | None, settings: Settings
 ) -> tuple[list[Point], list[str]]:
     """The points, cheapest first, and which of the product cannot be, with the reason."""
+    if settings.allocation not in ALLOCATIONS:
+        raise ValueError(unknown("allocation", settings.allocation, ALLOCATIONS))
     points, left_out = [], []
     for label, folder in labelled(models).items():
         pipe = load_pipeline(folder, "cpu", "float32")
         identity, cost = digest(pipe.transformer), operations_of(pipe.transformer)
-        counts: list[int | None] = [None] if iterations is None or cost.per_iteration == 0 else list(iterations)
+        explicit = cost.per_iteration == 0
+        counts: list[int | None] = [None] if iterations is None or explicit else list(iterations)
+        allocation = "constant" if explicit else settings.allocation
         for budget in budgets:
             for scheduler in schedulers:
                 for count in counts:
-                    point = Point(label, folder, identity, budget, scheduler, count)
+                    point = Point(label, folder, identity, budget, scheduler, count, allocation)
                     choices = point.choices(settings)
                     try:
                         plan = choices.plan(pipe)
@@ -159,7 +168,7 @@ def labelled(models: list[str]) -> dict[str, str]:
     """label -> model folder, of words like PATH or LABEL=PATH. Raises ValueError for labels that are not unique."""
     found: dict[str, str] = {}
     for word in models:
-        label, equals, place = word.partition("=")
+        label, equals, place = ("", "", "") if Path(word).exists() else word.partition("=")
         folder = model_folder(place if equals else word)
         if not equals:
             path = Path(word)
@@ -177,63 +186,63 @@ def labels_for(pipe: FixedPointDiTPipeline, count: int) -> torch.Tensor | None:
     return None if classes == 0 else pipe.labels([i % classes for i in range(count)], None)
 
 
-def size_of(points: list[Point]) -> int:
-    """The side of all models' images. Raises ValueError if they differ."""
-    folders = {point.label: point.folder for point in points}
-    sizes = {label: side_of(load_pipeline(folder, "cpu", "float32")) for label, folder in folders.items()}
+def shape_of(points: list[Point]) -> tuple[int, int]:
+    """Side and channels of all models' images. Raises ValueError if their sizes differ."""
+    pipes = {point.label: load_pipeline(point.folder, "cpu", "float32") for point in points}
+    sizes = {label: side_of(pipe) for label, pipe in pipes.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the models draw images of different sizes, which one sweep cannot compare: {sizes}")
-    return next(iter(sizes.values()))
+    return next(iter(sizes.values())), max(map(channels_of, pipes.values()))
 
 
-def claim(out: Path, settings: Settings, points: list[Point]) -> None:
-    """Make `out` the folder of this sweep, or find that it is already."""
+def check_claim(out: Path, settings: Settings, points: list[Point]) -> dict[str, Any]:
+    """What `out` says of the sweep that it holds. Raises ValueError if that is another, or none."""
     path = out / "sweep.json"
-    if path.is_file():
-        old = read_json(path)
-        changed = [
-            f"{name} was {old['settings'].get(name)!r}, is {value!r}"
-            for name, value in asdict(settings).items()
-            if name not in CHANGEABLE and old["settings"].get(name) != value
-        ]
-        changed += [
-            f"{point.label} had other weights"
-            for point in {point.label: point for point in points}.values()
-            if old["models"].get(point.label, point.digest) != point.digest
-        ]
-        if changed:
-            raise ValueError(f"{out} holds another sweep: {'; '.join(changed)}. Choose another --out")
-        known = old["models"]
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is there already and holds no sweep: choose another --out")
-    else:
-        known = {}
+    new: dict[str, Any] = {"settings": {}, "models": {}, "identity": None}
+    if not path.is_file():
+        if out.exists() and (not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir())):
+            raise ValueError(f"{out} is there already and holds no sweep: choose another --out")
+        return new
+    old = read_json(path)
+    if not isinstance(old, dict) or set(old) != set(new):
+        raise ValueError(f"{path} is not of a sweep: choose another --out")
+    changed = [
+        f"{name} was {old['settings'].get(name)!r}, is {value!r}"
+        for name, value in asdict(settings).items()
+        if name not in CHANGEABLE and old["settings"].get(name) != value
+    ]
+    digests = {point.label: point.digest for point in points}
+    changed += [f"{label} had other weights" for label, now in digests.items() if old["models"].get(label, now) != now]
+    if changed:
+        raise ValueError(f"{out} holds another sweep: {'; '.join(changed)}. Choose another --out")
+    return old
+
+
+def claim(out: Path, settings: Settings, points: list[Point], identity: dict[str, Any]) -> None:
+    """Make `out` the folder of this sweep, whose points are measured against statistics of this identity."""
+    old = check_claim(out, settings, points)
+    if old["identity"] not in (None, identity):
+        raise ValueError(f"{out} was measured against other data or by another network: choose another --out")
+    models = {**old["models"], **{point.label: point.digest for point in points}}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "sweep.json", {"settings": asdict(settings), "models": models, "identity": identity})
     for folder in ("points", "grids", "drawing"):
-        (out / folder).mkdir(parents=True, exist_ok=True)
-    models = {**known, **{point.label: point.digest for point in points}}
-    write_json(path, {"settings": asdict(settings), "models": models})
+        (out / folder).mkdir(exist_ok=True)
 
 
-def finished(out: Path, point: Point, identity: dict[str, Any]) -> bool:
-    """Whether a point is kept, whole. Raises ValueError if it was measured against something else."""
-    path = out / "points" / f"{point.key}.json"
+def finished(out: Path, key: str) -> bool:
+    """Whether a point is kept, whole."""
     try:
-        result = read_json(path)
+        read_json(out / "points" / f"{key}.json")
     except (OSError, ValueError):
         return False
-    if result["evaluation"]["identity"] != identity:
-        raise ValueError(f"{path} was measured against other data or by another network: choose another --out")
-    return (out / "grids" / f"{point.key}.png").is_file()
+    return (out / "grids" / f"{key}.png").is_file()
 
 
 def all_points(out: Path) -> list[dict[str, Any]]:
     """All finished points in a folder, by model, scheduler and budget."""
-    found = []
-    for path in sorted((out / "points").glob("*.json")):
-        try:
-            found.append(read_json(path))
-        except ValueError:
-            continue  # torn: it is computed again
+    keys = sorted(path.stem for path in (out / "points").glob("*.json"))
+    found = [read_json(out / "points" / f"{key}.json") for key in keys if finished(out, key)]
     return sorted(found, key=lambda p: (p["model"], p["scheduler"], p["budget"], p["iterations"] or 0))
 
 
@@ -255,10 +264,16 @@ def computed(
                 point = futures[future]
                 yield point, future.result()
                 on_work(point.operations * settings.num_images)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "one of the processes died, killed perhaps for want of memory: the same command goes on, with fewer "
+                "--processes if need be"
+            ) from error
         except BaseException:
+            workers = list((pool._processes or {}).values())  # shutdown forgets them
             pool.shutdown(wait=False, cancel_futures=True)
-            for worker in list((pool._processes or {}).values()):
-                worker.terminate()  # what is drawn is on the disk
+            for worker in workers:
+                worker.kill()  # what is drawn is on the disk
             raise
 
 
@@ -285,7 +300,7 @@ def measure_point(
     on_batch: Callable[[int], Any] = lambda images: None,
 ) -> dict[str, Any]:
     """Draw and measure one point: what is kept of it."""
-    pipe = pipeline_for(point.folder, device_for(settings), settings.dtype)
+    pipe = pipeline_for(point.folder, point.digest, device_for(settings), settings.dtype)
     drawing, choices = out / "drawing" / point.key, point.choices(settings)
     classes = list(range(pipe.transformer.config.num_classes)) or None
     report = draw_missing(pipe, drawing, settings.num_images, classes, settings.batch_size, choices, on_batch)
@@ -315,8 +330,12 @@ def device_for(settings: Settings) -> str:
 
 
 @lru_cache(maxsize=1)
-def pipeline_for(folder: str, device: str, dtype: str) -> FixedPointDiTPipeline:
-    return load_pipeline(folder, "cpu", dtype).to(device)
+def pipeline_for(folder: str, weights: str, device: str, dtype: str) -> FixedPointDiTPipeline:
+    """Raises ValueError if the weights in the folder are not those whose digest is `weights`."""
+    pipe = load_pipeline(folder, "cpu", "float32")
+    if digest(pipe.transformer) != weights:
+        raise ValueError(f"the model in {folder} has changed since the sweep began: give it another name, LABEL=PATH")
+    return pipe.to(device, dtype_of(dtype))
 
 
 @lru_cache(maxsize=1)
