@@ -29,8 +29,9 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
-    cache = str(tmp_path_factory.mktemp("cache"))
-    return Settings("digits", cache=cache, num_images=IMAGES, batch_size=20, device="cpu")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FPDM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield Settings("digits", num_images=IMAGES, batch_size=20, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 from fpdm.cli.evaluate import LEAST, add_measuring_arguments
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.cli.sample import check_counts
-from fpdm.files import cache_folder, check_writable
+from fpdm.files import check_writable
 from fpdm.names import needs
 
 INTERRUPTED = 130
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     from fpdm.experiments.sweep import Settings, all_points, run_sweep
 
     names = [name for name in Settings.__dataclass_fields__ if hasattr(options, name)]
-    settings = Settings(cache=str(cache_folder()), **{name: getattr(options, name) for name in names})
+    settings = Settings(**{name: getattr(options, name) for name in names})
     schedulers = list(dict.fromkeys(options.schedulers.split(",")))
     status = 0
     try:

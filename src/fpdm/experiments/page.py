@@ -104,6 +104,7 @@ def plot(rows: list[Row], x: str, name: str) -> str:
         if distance:
             logarithmic(axis.yaxis, [measured(row).value for row in rows])
         axis.set(xlabel=AXES[x], ylabel=name)
+        axis.margins(y=0.08)  # the floor stays clear of the frame
         axis.grid(alpha=0.25, which="both")
         if x == "passes":
             budgets = sorted({row["budget"] for row in rows})
@@ -139,8 +140,11 @@ def legend(rows: list[Row]) -> str:
 
 def best_of(series: list[Row], measured: Callable[[Row], Measure]) -> list[Row]:
     """Of each budget the point with the best value, in order."""
-    sign = -1 if measured(series[0]).better == "higher" else 1
-    ordered = sorted(series, key=lambda row: (row["budget"], sign * measured(row).value))
+
+    def worse(m: Measure) -> float:
+        return {"higher": -m.value, "lower": m.value, "floor": abs(m.value - m.floor)}[m.better]
+
+    ordered = sorted(series, key=lambda row: (row["budget"], worse(measured(row))))
     return [next(group) for _, group in groupby(ordered, key=lambda row: row["budget"])]
 
 

@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ from tqdm import tqdm
 from fpdm.devices import pick_device
 from fpdm.drawing import Choices, channels_of, draw_missing, dtype_of, load_pipeline, side_of
 from fpdm.evaluation import Evaluation, Instrument, open_samples
-from fpdm.files import model_folder, read_json, write_json
+from fpdm.files import cache_folder, model_folder, read_json, write_json
 from fpdm.machine import made_with
 from fpdm.names import unknown
 from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.sampling import ALLOCATIONS, operations_of, total
+from fpdm.sampling import ALLOCATIONS, Plan, operations_of, total
 from fpdm.weights import digest
 
 
@@ -45,7 +46,6 @@ class Settings:
     features: str | None = None
     weights: str | None = None
     statistics: str | None = None
-    cache: str = ""
     num_images: int = 1000
     batch_size: int = 64
     seed: int = 0
@@ -57,7 +57,7 @@ class Settings:
 
 
 # What may differ between the parts of one sweep: how it is computed, but not what.
-CHANGEABLE = {"device", "cache", "statistics", "batch_size", "data"}
+CHANGEABLE = {"device", "statistics", "batch_size", "data"}
 
 
 @dataclass(frozen=True)
@@ -120,6 +120,8 @@ def run_sweep(
     instrument.check(channels)
     claim(out, settings, points, instrument.reference.identity)
     missing = [point for point in points if not finished(out, point.key)]
+    for point in set(points) - set(missing):
+        shutil.rmtree(out / "drawing" / point.key, ignore_errors=True)
     if len(missing) < len(points):
         say(f"{len(points) - len(missing)} of {len(points)} points are there")
     work = {point: point.operations * settings.num_images for point in missing}
@@ -146,9 +148,11 @@ def points_of(
         identity, cost = digest(pipe.transformer), operations_of(pipe.transformer)
         explicit = cost.per_iteration == 0
         counts: list[int | None] = [None] if iterations is None or explicit else list(iterations)
+        evaluations = 1 if settings.guidance_scale == 1 else 2
         allocation = "constant" if explicit else settings.allocation
         for budget in budgets:
             for scheduler in schedulers:
+                plans: list[Plan] = []
                 for count in counts:
                     point = Point(label, folder, identity, budget, scheduler, count, allocation)
                     choices = point.choices(settings)
@@ -157,8 +161,12 @@ def points_of(
                     except ValueError as error:
                         left_out.append(f"{point.key}: {error}")
                         continue
+                    if plan in plans:
+                        left_out.append(f"{point.key}: the same plan as another")
+                        continue
+                    plans.append(plan)
                     pipe.check_inputs(plan, labels_for(pipe, 1), scheduler, settings.guidance_scale)
-                    points.append(replace(point, operations=total(cost, plan)))
+                    points.append(replace(point, operations=total(cost, plan) * evaluations))
     if not points:
         raise ValueError("none of these points can be: " + "; ".join(left_out))
     return sorted(points, key=lambda point: (point.budget, point.operations)), left_out
@@ -258,7 +266,9 @@ def computed(
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
     counter = context.Value("i", 0)
     with ProcessPoolExecutor(processes, context, start_worker, (threads, counter)) as pool:
+        interrupts = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes; the main one ends them
         futures = {pool.submit(measure_point, point, settings, out, processes): point for point in points}
+        signal.signal(signal.SIGINT, interrupts)
         try:
             for future in as_completed(futures):
                 point = futures[future]
@@ -287,9 +297,18 @@ def start_worker(threads: int, counter: Any) -> None:
     with counter.get_lock():
         _place = counter.value
         counter.value += 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends the others
+    Thread(target=end_with_the_main_process, daemon=True).start()
     torch.set_num_threads(threads)
     logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+
+
+def end_with_the_main_process() -> None:
+    """A killed main process must not leave others drawing into folders that the next sweep will use."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def measure_point(
@@ -347,6 +366,6 @@ def instrument_for(settings: Settings, size: int) -> Instrument:
         features=settings.features,
         weights=settings.weights,
         statistics=None if settings.statistics is None else Path(settings.statistics),
-        cache=Path(settings.cache),
+        cache=cache_folder(),
         device=device_for(settings),
     )

@@ -54,11 +54,13 @@ class Plan:
         return sum(self.passes)
 
     def __str__(self) -> str:
+        steps = f"{self.num_steps} timestep{'s' * (self.num_steps > 1)}"
         if self.iterations[0] is None:
-            return f"{self.num_steps} timesteps, {self.planned} block passes"
+            return f"{steps}, {self.planned} block passes"
         low, high = min(self.iterations), max(self.iterations)  # type: ignore[type-var]
         iterations = f"{low}" if low == high else f"{low} to {high}"
-        return f"{self.num_steps} timesteps x {iterations} iterations, {self.planned} block passes"
+        plural = "" if iterations == "1" else "s"
+        return f"{steps} x {iterations} iteration{plural}, {self.planned} block passes"
 
 
 def make_plan(
