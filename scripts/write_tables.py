@@ -1,7 +1,7 @@
 """Write the tables of the docs from kept results: what stands between `<!-- table NAME ... -->` and `<!-- end -->`.
 
-  python scripts/write_tables.py          writes docs/evaluation.md
-  python scripts/write_tables.py --check  fails if it would change anything
+python scripts/write_tables.py          writes docs/evaluation.md
+python scripts/write_tables.py --check  fails if it would change anything
 """
 
 import json
