@@ -7,13 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from fpdm.names import nearest
 
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     """Have `write` make a file beside `path`, sync it, and put it in the place of `path`."""
     aside = path.with_name(f".{path.name}.writing")
-    write(aside)
+    try:
+        write(aside)
+    except SafetensorError as error:  # a full disk, mostly
+        raise OSError(f"{path} cannot be written: {error}") from error
     with aside.open("rb+") as file:
         os.fsync(file.fileno())
     aside.replace(path)

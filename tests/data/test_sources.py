@@ -271,3 +271,14 @@ def test_what_is_transparent_is_white(mode, colour, tmp_path):
     Image.new(mode, (2, 2), colour).save(tmp_path / "a.png")
     image, _ = ImageFolder(tmp_path).load(0)
     assert image.getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_folders_fingerprint_is_of_the_contents_too(tmp_path, monkeypatch):
+    prints = []
+    for name, value in (("a", 3), ("b", 4), ("c", 3)):
+        (tmp_path / name).mkdir()
+        Image.new("L", (4, 4), value).save(tmp_path / name / "x.bmp")  # all of one size
+        prints.append(ImageFolder(tmp_path / name).fingerprint)
+    assert prints[0] == prints[2] != prints[1]
+    monkeypatch.setattr("fpdm.data.sources.WHOLLY_HASHED", 0)  # as large sets: of a part of the files
+    assert ImageFolder(tmp_path / "a").fingerprint != ImageFolder(tmp_path / "b").fingerprint

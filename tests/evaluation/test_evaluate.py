@@ -93,6 +93,7 @@ ALL = [
     "coverage",
     "accuracy",
     "nearest real image",
+    "near copies",
 ]
 
 
@@ -135,7 +136,18 @@ def test_copies_of_real_images_are_told(instrument):
     near = copies["nearest real image"]
     assert (near.low, near.value, near.high) == pytest.approx((0, 0, 0), abs=1e-4)
     assert near.floor > 1
+    assert copies["near copies"].value == 1
     assert copies["FD-classifier"].value < copies["FD-classifier"].floor
+
+
+def test_a_few_copies_among_others_show_as_such(instrument):
+    numbers = OTHERS.copy()
+    numbers[:40] = SHOWN[100:140]
+    few = measured(instrument, real(numbers))
+    assert few["nearest real image"].value > 0.7 * few["nearest real image"].floor, "the median does not tell"
+    assert few["near copies"].value >= 0.2
+    assert few["near copies"].low > 0.1
+    assert measured(instrument, real())["near copies"].high < 0.1
 
 
 def test_one_class_only_is_precise_and_covers_little(instrument, perfect):
@@ -204,8 +216,25 @@ def test_grey_samples_saved_as_rgb_have_the_same_numbers(instrument, perfect):
 def test_without_classes_there_is_no_accuracy(instrument, perfect):
     found = measured(instrument, samples_of(DIGITS.images[OTHERS]))
     assert [measure.name for measure in found.measures] == [name for name in ALL if name != "accuracy"]
-    assert found["FD-classifier"].value == perfect["FD-classifier"].value
-    assert found["precision"].value == perfect["precision"].value
+    assert found["FD-classifier"].value == pytest.approx(perfect["FD-classifier"].value)
+    assert found["precision"].value == pytest.approx(perfect["precision"].value, abs=0.1)
+
+
+def test_samples_sorted_by_class_are_measured_as_shuffled_ones(instrument):
+    """More of them than are compared pair by pair: the first ones would be of some of the classes only."""
+    shuffled = np.random.default_rng(0).permutation(SHOWN.tolist() + OTHERS.tolist())
+    ordered = shuffled[np.argsort(DIGITS.labels[shuffled], kind="stable")]
+    one, other = measured(instrument, real(shuffled)), measured(instrument, real(ordered))
+    assert one.compared < one.samples
+    for measure in one.measures:
+        tolerance = 0.05 * max(1, abs(measure.value))
+        assert other[measure.name].value == pytest.approx(measure.value, abs=tolerance), measure.name
+
+
+def test_numbered_samples_are_not_matched_to_classes_by_names_that_are_numbers_too():
+    images, labels = np.zeros((60, 8, 8), np.uint8), np.arange(60) % 12
+    samples = Samples(ArraySource(images, labels, list(map(str, range(12)))), 8)
+    assert samples.labels(sorted(map(str, range(12)))) == labels.tolist()  # 0, 1, 10, 11, 2, ...
 
 
 def test_samples_of_another_size_are_refused(instrument):
@@ -404,3 +433,11 @@ def test_only_distances_of_inceptions_features_are_called_fid_and_kid(projected)
         found = measured(projected(noise_source(90), distance=distance), Samples(noise_source(60, seed=1), 8))
         names[distance] = [measure.name for measure in found.measures[:2]]
     assert names == {"FD-projection": ["FD-projection", "kernel distance"], "FID": ["FID", "KID"]}
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (0.12345, "0.123"), (12.345, "12.3"), (999.4, "999"), (1234.5, "1,234"), (99999, "99,999"), (-0.00001, "-1.0e-05"),
+    (0, "0"),
+])  # fmt: skip
+def test_numbers_are_written_as_people_read_them(value, text):
+    assert significant(value) == text

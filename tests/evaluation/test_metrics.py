@@ -331,10 +331,23 @@ def test_the_kernel_distance_does_not_depend_on_the_parts_it_is_computed_in(of_x
     assert kernel_distance(x, y, of_x) == pytest.approx(whole, rel=1e-12)
 
 
+def test_a_class_of_one_image_does_not_bias_the_kernel_distance():
+    """Ten images of each of three classes far apart, and one of a fourth."""
+    classes = np.r_[np.arange(30) % 3, 3]
+    means = 2 * np.random.default_rng(5).normal(size=(4, 6))
+    rng, found = np.random.default_rng(1), []
+    for _ in range(300):
+        x, y = (rng.normal(means[classes], 1.0) for _ in range(2))
+        found.append(kernel_distance(x, y, classes, classes))
+    values = np.array([estimate.value for estimate in found])
+    assert abs(values.mean()) < 3 * values.std() / math.sqrt(300)
+    assert np.isfinite([estimate.standard_error for estimate in found]).all()
+
+
 @pytest.mark.parametrize(("n", "m", "classes", "text"), [
     (2, 9, None,         "at least 3 images of each kind, not 2 and 9"),
     (9, 2, None,         "at least 3 images of each kind, not 9 and 2"),
-    (4, 9, [0, 0, 1, 2], "at least 2 images of each class"),
+    (4, 9, [0, 1, 2, 3], "at least 2 images of a class"),
 ])  # fmt: skip
 def test_too_few_images_for_a_kernel_distance(n, m, classes, text):
     x, y, strata = correlated(n, 3, 1), correlated(m, 3, 2), None if classes is None else np.array(classes)

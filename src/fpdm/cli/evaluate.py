@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
     out = None if options.out is None else Path(options.out)
     if out is not None:
         check_writable(out)
+        if Path(options.data).is_dir() and out.resolve().is_relative_to(Path(options.data).resolve()):
+            raise ValueError(f"{out} is in the folder of the real images, which it would join: choose another --out")
     result = evaluate_samples(options, out) if is_samples(options.model) else evaluate_model(options, out)
     print(result["evaluation"])
     if out is not None:

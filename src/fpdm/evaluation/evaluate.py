@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -25,13 +25,14 @@ from fpdm.evaluation.metrics import (
     manifolds,
     nearest,
 )
-from fpdm.evaluation.reference import BATCH, Reference, features_of, identity_of, reference_for
+from fpdm.evaluation.reference import BATCH, Reference, features_of, identity_of, reference_for, spread
 from fpdm.evaluation.samples import LEAST, Samples
-from fpdm.files import write_aside
+from fpdm.files import check_writable, write_aside
 from fpdm.imaging import grid
 from fpdm.keyed import seed_of
 
 PAIRS = 10_000  # most images of either kind where all pairs are compared
+NEAR = 0.01  # of the real images are so near to another that a sample as near to one counts as a copy of it
 GROUPS = 25  # that the jackknife leaves out in turn: its error is then known to about 15%
 FLOORS = 4  # sets of real images that the floor is the mean of, where there are so many
 SHOWN = 10  # pairs in the picture of nearest neighbours
@@ -112,7 +113,9 @@ class Evaluation:
 
 
 def significant(value: float) -> str:
-    """Three significant digits, without an exponent where it can be read so."""
+    """Three significant digits, or all before the point; without an exponent where it can be read so."""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) >= 1e-4 or value == 0 else f"{value:.1e}"
 
 
@@ -152,7 +155,8 @@ class Instrument:
         source = open_images(data, split=split)
         check_count(len(source), data)
         features = features or default_features(source, size)
-        learned_from = source if split == "train" else open_images(data)
+        check_writable(cache if statistics is None else statistics.parent)
+        learned_from = open_images(data) if features == "classifier" and split != "train" else source
         extractor = make_extractor(features, weights, device, learned_from, size, cache)
         if statistics is None:
             identity = json.dumps(identity_of(source, size, extractor), sort_keys=True)
@@ -174,17 +178,25 @@ class Instrument:
         """
         if samples.size != self.size:
             raise ValueError(f"the samples are {samples.size} x {samples.size}, not {self.size} x {self.size}")
-        x, labels = self.features(samples, progress), samples.labels(self.source.class_names)
+        labels = samples.labels(self.source.class_names)
+        # Sets may be sorted by class, and not all metrics use all samples.
+        order = spread(
+            rng_for("order").permutation(len(samples)).tolist(), [0] * len(samples) if labels is None else labels
+        )
+        x = self.features(samples, progress)[order]
+        labels = None if labels is None else [labels[number] for number in order]
         strata = strata_of(labels)
         measures = [self.frechet(x, strata), self.kernel(x, strata), *self.neighbourhoods(x)]
         if isinstance(self.extractor, Classifier) and labels is not None:
             measures.append(self.accuracy(x, np.array(labels)))
         near, distances, numbers = self.nearest(x)
-        measures.append(near)
+        measures += near
         if picture is not None:
-            self.draw_nearest(samples, distances, numbers, picture)
+            self.draw_nearest(samples, order, distances, numbers, picture)
         whole, (count, others) = self.reference.moments, self.floor_counts(x)
         notes = []
+        if labels is None and self.source.class_names and samples.source.class_names:
+            notes.append("note: the classes of the samples are not those of the real images, and left out of account")
         if len(x) > count:
             notes.append(
                 f"note: the floor of the {self.extractor.distance} is of fewer images than there are samples, which "
@@ -292,25 +304,27 @@ class Instrument:
         named = self.extractor.classify(torch.from_numpy(x).float()).cpu().numpy()
         return mean_measure("accuracy", named == labels, self.extractor.accuracy)
 
-    def nearest(self, x: np.ndarray) -> tuple[Measure, np.ndarray, np.ndarray]:
-        """The median distance to the nearest real image, which is as low for copies; as floor, that of real images to
-        the nearest other one. Distances (n,) and, for each sample, the number of that image in the data set (n,)."""
+    def nearest(self, x: np.ndarray) -> tuple[list[Measure], np.ndarray, np.ndarray]:
+        """The median distance to the nearest real image, and the share of samples that are nearer to one than all but
+        1% of real images are to another: copies raise the share, when they are few, and lower the distance, when they
+        are many. The floors are of real images. Distances (n,) and, for each sample, the number of that image in the
+        data set (n,)."""
         a, b = self.reference.halves
         y, numbers = np.concatenate(self.kept), np.array(a.numbers + b.numbers)
         distances, places = nearest(x[:PAIRS], y)
         own, _ = nearest(y[:PAIRS], y, skip_own=True)
         value = float(np.median(distances))
         low, high = bootstrap_interval(lambda d: float(np.median(d)), distances, rng_for("nearest"))
-        return (
-            Measure("nearest real image", value, low, high, float(np.median(own)), "floor"),
-            distances,
-            numbers[places],
-        )
+        near = Measure("nearest real image", value, low, high, float(np.median(own)), "floor")
+        copies = mean_measure("near copies", distances < np.quantile(own, NEAR), NEAR)
+        return [near, replace(copies, better="lower")], distances, numbers[places]
 
-    def draw_nearest(self, samples: Samples, distances: np.ndarray, numbers: np.ndarray, path: Path) -> None:
+    def draw_nearest(
+        self, samples: Samples, order: list[int], distances: np.ndarray, numbers: np.ndarray, path: Path
+    ) -> None:
         """A picture: the samples that are nearest to a real image, and below them those images."""
         closest = np.argsort(distances)[:SHOWN]
-        upper = [image_of(samples.load(int(i), self.source.channels)) for i in closest]
+        upper = [image_of(samples.load(order[i], self.source.channels)) for i in closest]
         lower: list[Image.Image] = [central(self.source.load(int(numbers[i]))[0], self.size) for i in closest]
         write_aside(path, lambda aside: grid(upper + lower, columns=len(upper)).save(aside, format="PNG"))
 
@@ -342,8 +356,8 @@ def strata_of(labels: list[int] | None) -> np.ndarray | None:
 
 
 def paired(labels: np.ndarray | None) -> np.ndarray | None:
-    """The labels, if there are two images of each class at least; else the classes are left out of account."""
-    return None if labels is None or np.unique(labels, return_counts=True)[1].min() < 2 else labels
+    """The labels, if there are two images of a class; else the classes cannot be taken into account."""
+    return None if labels is None or np.unique(labels, return_counts=True)[1].max() < 2 else labels
 
 
 def rng_for(name: str) -> np.random.Generator:

@@ -100,7 +100,7 @@ def kernel_distance(x: Array, y: Array, x_strata: Array | None = None, y_strata:
     strata  (n,) and (m,) the class of each image, if the set has a fixed number of each; without them the estimate
             would be biased downwards, since such sets have fewer pairs within a class than independent images
 
-    Needs at least 3 images of each kind, and 2 of each class.
+    Needs at least 3 images of each kind, and 2 of some class.
     """
     n, m = len(x), len(y)
     if min(n, m) < 3:
@@ -118,18 +118,21 @@ def _within(a: Array, strata: Array | None) -> Array:
     strata = np.zeros(n, int) if strata is None else strata
     sums, same = _kernel_sums(a, a, strata)
     _, place, counts = np.unique(strata, return_inverse=True, return_counts=True)
-    if counts.min() < 2:
-        raise ValueError("a kernel distance needs at least 2 images of each class")
+    if counts.max() < 2:
+        raise ValueError("a kernel distance needs at least 2 images of a class")
     size = counts[place]
-    return (sums - same) / n + same / n * size / (size - 1)
+    # The mean kernel with others of the class; of a class of one image, as it is in the other classes.
+    near = np.where(size > 1, same / np.maximum(size - 1, 1), same.sum() / (size - 1).sum())
+    return (sums - same) / n + near * size / n
 
 
 def _variance(values: Array, strata: Array | None) -> float:
-    """The variance within strata."""
+    """The variance within strata, of which those of one value are taken for like the others."""
     if strata is None:
         return float(values.var(ddof=1))
     parts = [values[strata == stratum] for stratum in np.unique(strata)]
-    return float(sum(len(part) * part.var(ddof=1) for part in parts) / len(values))
+    parts = [part for part in parts if len(part) > 1]
+    return float(sum(len(part) * part.var(ddof=1) for part in parts) / sum(map(len, parts)))
 
 
 def _kernel_sums(a: Array, b: Array, strata: Array | None = None) -> tuple[Array, Array]:

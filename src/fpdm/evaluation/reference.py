@@ -7,6 +7,7 @@ it, as samples have whose classes are taken in turn.
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -161,8 +162,9 @@ def reference_for(
             say(f"going on with the statistics of the real images: {reference.done} of {len(source)} are done")
     try:
         compute(reference, source, size, extractor, lambda: reference.save(partial))
-    except KeyboardInterrupt:
-        reference.save(partial)
+    except BaseException:
+        if reference.whole:  # else the last one saved is the better one
+            reference.save(partial)
         raise
     if reference.broken >= len(source) - 1:
         raise ValueError(
@@ -184,8 +186,9 @@ def compute(reference: Reference, source: Source, size: int, extractor: Extracto
             for number in numbers:
                 with suppress(BrokenImage):
                     images[number] = pixels(central(source.load(number)[0], size))
-            if images:
-                reference.halves[half].add(features_of(extractor, torch.stack(list(images.values()))), list(images))
+            features = features_of(extractor, torch.stack(list(images.values()))) if images else None
+            if features is not None:
+                reference.halves[half].add(features, list(images))
             reference.broken += len(numbers) - len(images)
             reference.done += len(numbers)
             bar.update(len(numbers))
@@ -201,13 +204,26 @@ def halves_of(labels: Sequence[int] | np.ndarray) -> tuple[list[int], list[int]]
     members: dict[int, list[int]] = {}
     for number in shuffled:
         members.setdefault(int(labels[number]), []).append(number)
-    places: tuple[list[tuple[float, int]], list[tuple[float, int]]] = ([], [])
+    halves: tuple[list[int], list[int]] = ([], [])
     for _, numbers in sorted(members.items()):
-        first = int(len(places[0]) > len(places[1]))
-        for i, number in enumerate(numbers):
-            places[(i + first) % 2].append((i / len(numbers), number))
-    a, b = ([number for _, number in sorted(place, key=itemgetter(0))] for place in places)
+        first = int(len(halves[0]) > len(halves[1]))
+        halves[first].extend(numbers[::2])
+        halves[1 - first].extend(numbers[1::2])
+    a, b = (spread(half, labels) for half in halves)
     return a, b
+
+
+def spread(numbers: list[int], labels: Sequence[int] | np.ndarray) -> list[int]:
+    """The numbers of images in an order of which any first part has the classes in the proportions of all; within a
+    class the order stays."""
+    counts = Counter(int(labels[number]) for number in numbers)
+    seen: Counter[int] = Counter()
+    places = []
+    for number in numbers:
+        label = int(labels[number])
+        places.append((seen[label] / counts[label], number))
+        seen[label] += 1
+    return [number for _, number in sorted(places, key=itemgetter(0))]
 
 
 @torch.no_grad()

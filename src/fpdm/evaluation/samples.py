@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fpdm.data import BrokenImage, ImageFolder, npz_file, pixels, read_image
+from fpdm.data import ArraySource, BrokenImage, ImageFolder, npz_file, pixels, read_image
 from fpdm.drawing import cycled, image_file
 from fpdm.files import read_json
 
@@ -40,14 +40,20 @@ class Samples:
         return image[:1].expand(channels, -1, -1)
 
     def labels(self, class_names: list[str]) -> list[int] | None:
-        """The class that each was asked for, as a number of the data's classes `class_names`: found by name, else by
-        number. None if that is not known, or the classes are others."""
+        """The class that each was asked for, as a number of the data's classes `class_names`. None if that is not
+        known, or the classes are others.
+
+        Files of arrays have numbers, folders have names; folders named by numbers may mean either.
+        """
         names: list[str] = self.source.class_names
         if not names or not class_names:
             return None
+        if isinstance(self.source, ArraySource):
+            return [int(label) for label in self.source.labels] if len(names) <= len(class_names) else None
         if set(names) <= set(class_names):
             return [class_names.index(names[int(label)]) for label in self.source.labels]
-        if all(name.isdecimal() and int(name) < len(class_names) for name in names):
+        by_name = isinstance(self.source, DrawnFolder) and self.source.named
+        if not by_name and all(name.isdecimal() and int(name) < len(class_names) for name in names):
             return [int(names[int(label)]) for label in self.source.labels]
         return None
 
@@ -66,6 +72,7 @@ class DrawnFolder:
         self.files = [image_file(path, number) for number in numbers]
         self.class_names: list[str] = []
         self.labels = [0] * len(numbers)
+        self.named = bool(request["class_names"])
         if request["classes"]:
             self.class_names = request["class_names"] or list(map(str, range(max(request["classes"]) + 1)))
             classes = cycled(request["classes"], max(numbers, default=-1) + 1) or []

@@ -38,7 +38,7 @@ def write_report(points: list[Row], out: Path) -> Path:
     distance, *names = dict.fromkeys(m.name for row in rows for m in row["evaluation"].measures)
     quality = "".join(plot(rows, x, distance) for x in AXES)
     others = "".join(plot(rows, "passes", name) for name in names)
-    page = Template((files("fpdm.experiments") / "page.html").read_text()).substitute(
+    page = Template((files("fpdm.experiments") / "page.html").read_text("utf-8")).substitute(
         title=html.escape(f"Quality against compute: {', '.join(dict.fromkeys(row['model'] for row in rows))}"),
         summary=summary(rows),
         distance=html.escape(distance),
@@ -50,7 +50,7 @@ def write_report(points: list[Row], out: Path) -> Path:
         conditions=conditions(rows),
     )
     path = out / "report.html"
-    write_aside(path, lambda aside: aside.write_text(page))
+    write_aside(path, lambda aside: aside.write_text(page, "utf-8"))
     return path
 
 
