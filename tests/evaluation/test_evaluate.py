@@ -116,7 +116,7 @@ def test_what_is_told_of_the_floors(perfect, instrument):
     assert perfect["accuracy"].floor == instrument.extractor.accuracy
     assert perfect.identity == instrument.reference.identity
     better = {measure.name: measure.better for measure in perfect.measures}
-    assert [better[name] for name in ALL] == ["lower"] * 2 + ["higher"] * 5 + ["floor"]
+    assert [better[name] for name in ALL] == ["lower"] * 2 + ["higher"] * 5 + ["floor", "lower"]
 
 
 def test_noise_is_terrible(instrument, perfect):
