@@ -1,5 +1,6 @@
 """The networks that images are compared by: they see what is there, and say which they are."""
 
+import hashlib
 import inspect
 import json
 import pickle
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from fpdm.data import ArraySource, central, digits, pixels
 from fpdm.evaluation import EXTRACTORS, Classifier, make_extractor
-from fpdm.evaluation.extractors import DINOv2, EfficientNetLite0, Inception, classifier
+from fpdm.evaluation.extractors import DINOv2, EfficientNetLite0, Inception, classifier, inception
 from fpdm.evaluation.reference import features_of
 from fpdm.keyed import generator
 from tests.evaluation.fakes import noise_source
@@ -345,7 +346,14 @@ def fidelity(monkeypatch, tmp_path):
     return tmp_path / "w.pth"
 
 
-def test_inception_is_torch_fidelitys(fidelity):
+def test_distances_by_other_weights_are_not_called_fid(fidelity, monkeypatch):
+    assert Inception(str(fidelity)).distance == "FD-Inception"
+    monkeypatch.setattr(inception, "SHA256", hashlib.sha256(fidelity.read_bytes()).hexdigest()[:8])
+    assert Inception(str(fidelity)).distance == "FID"
+
+
+def test_inception_is_torch_fidelitys(fidelity, monkeypatch):
+    monkeypatch.setattr(inception, "SHA256", "")
     extractor = Inception(str(fidelity))
     assert FeatureExtractorInceptionV3.made == [("inception-v3-compat", ["2048"], str(fidelity))]
     assert (extractor.distance, extractor.channels) == ("FID", (3,))

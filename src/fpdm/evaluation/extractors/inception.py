@@ -1,5 +1,7 @@
 """Inception-v3 as FID defines it."""
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -7,12 +9,14 @@ from torch import Tensor
 from fpdm.names import needs
 from fpdm.weights import digest, load_tensors
 
+SHA256 = "6726825d"  # how that of the weights' file begins; it is in the file's name
+
 
 class Inception:
     """The 2,048 pooled features of Inception-v3 (Heusel et al. 2017), as torch-fidelity computes them: the weights of
     TensorFlow's network of 2015-12-05, its resizing to 299 included. Only distances of these may be called FID.
 
-    weights  a file of those weights; None lets torch-fidelity fetch them
+    weights  a file of those weights; None lets torch-fidelity fetch them. Distances by others are called FD-Inception
     """
 
     name, distance, channels = "inception", "FID", (3,)
@@ -23,6 +27,8 @@ class Inception:
 
         if weights is not None:
             load_tensors(weights)  # refuses anything else: torch-fidelity would run what a pickle says
+            if not hashlib.sha256(Path(weights).read_bytes()).hexdigest().startswith(SHA256):
+                self.distance = "FD-Inception"
         try:
             self.model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], weights)
         except (OSError, RuntimeError) as error:  # no network, no such file, other weights
