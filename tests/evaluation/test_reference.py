@@ -397,3 +397,9 @@ def test_the_identity_is_of_all_that_settles_them():
         identity_of(noise_source(COUNT, channels=3), 8, Projection()),
     ]
     assert all(other != identity for other in others)
+
+
+def test_a_damaged_beginning_is_begun_anew(tmp_path):
+    (tmp_path / "statistics.safetensors.partial").write_bytes(b"torn")
+    assert made(tmp_path).moments.count == len(SOURCE)
+    assert not (tmp_path / "statistics.safetensors.partial").exists()

@@ -135,7 +135,9 @@ class Reference:
                 raise ValueError("it does not tell what it is of")
             return cls(identity, (Half.of(halves[0]), Half.of(halves[1])), done, broken)
         except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} holds no statistics, or is damaged: {error}") from error
+            raise ValueError(
+                f"{path} holds no statistics, or is damaged: {error}. Delete it to have them made anew"
+            ) from error
 
 
 def reference_for(
@@ -155,9 +157,9 @@ def reference_for(
     check_writable(path.parent)
     partial = path.with_name(path.name + ".partial")
     reference = Reference(identity, (Half(), Half()))
-    if partial.is_file():
-        begun = Reference.load(partial)
-        if begun.identity == identity and begun.whole:  # an interrupt may have come between a batch and its counting
+    with suppress(ValueError):  # a damaged one is begun anew
+        begun = Reference.load(partial) if partial.is_file() else reference
+        if begun.identity == identity and begun.done and begun.whole:
             reference = begun
             say(f"going on with the statistics of the real images: {reference.done} of {len(source)} are done")
     try:
