@@ -13,6 +13,7 @@ from PIL import Image
 from fpdm.data import ArraySource, ImageFolder, central, digits, image_of, npz_file, open_images, pixels, prepare
 from fpdm.data import write_npz as write
 from fpdm.keyed import generator
+from tests.pickles import HAPPENED, Ran
 
 RNG = np.random.default_rng(0)
 COLOURED = RNG.integers(0, 256, (5, 4, 6, 3), np.uint8)
@@ -86,20 +87,6 @@ def test_other_layouts_are_refused_by_name(tmp_path, arrays, text):
     with pytest.raises(ValueError, match=text) as refusal:
         npz_file(tmp_path / "a.npz")
     assert str(tmp_path / "a.npz") in str(refusal.value)
-
-
-HAPPENED = []
-
-
-class Ran:
-    """Unpickling it is noticed."""
-
-    def __reduce__(self):
-        return ran, ()
-
-
-def ran():
-    HAPPENED.append("ran")
 
 
 def test_unpickling_is_noticed():

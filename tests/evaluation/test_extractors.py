@@ -24,6 +24,7 @@ from fpdm.evaluation.extractors import DINOv2, EfficientNetLite0, Inception, cla
 from fpdm.evaluation.reference import features_of
 from fpdm.keyed import generator
 from tests.evaluation.fakes import noise_source
+from tests.pickles import HAPPENED, Ran
 
 DIGITS = digits()
 CARRIED = Path(str(files("fpdm.evaluation"))) / "classifiers"
@@ -129,25 +130,6 @@ def test_its_identity_is_of_its_weights(efficientnet, tmp_path):
     other = EfficientNetLite0(str(tmp_path / "other.pth")).identity
     assert other["weights"] != efficientnet.identity["weights"]
     assert {**other, "weights": ""} == {**efficientnet.identity, "weights": ""}
-
-
-HAPPENED = []
-
-
-class Ran:
-    """Unpickling it is noticed."""
-
-    def __reduce__(self):
-        return ran, ()
-
-
-def ran():
-    HAPPENED.append("ran")
-
-
-def test_unpickling_is_noticed():
-    pickle.loads(pickle.dumps(Ran()))
-    assert HAPPENED.pop() == "ran"
 
 
 def old_style(path):

@@ -601,8 +601,7 @@ def test_intervals_of_a_frechet_distance_cover_what_is_expected_at_this_number(n
     many = [distance(Moments.of(draw(rng))) for _ in range(1000)]
     share, width = coverage(draw, jackknifed(distance), np.mean(many))
     assert 0.88 <= share <= 1
-    # About as wide as they have to be, and where there are fewer images than features at most twice that: a bootstrap's
-    # are up to 4 times as wide there.
+    # About as wide as they have to be, and where there are fewer images than features at most twice that.
     assert 0.85 <= width / (2 * 1.96 * np.std(many)) <= (1.5 if n > size else 2)
 
 

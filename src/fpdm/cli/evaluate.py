@@ -4,8 +4,8 @@
   fpdm evaluate runs/digits --data digits --num-images 1000 --budget 160 --steps 40 --out evaluation
                                                          draws the samples first, what is missing of them
 
-Each number comes with a 95% interval, and with the same number for one half of the real images against the other: the
-floor. With --out, evaluation.json and nearest.png (the samples nearest to a real image, above it) are written there.
+Each number comes with a 95% interval, and with the same number for real images against other real images: the floor.
+With --out, evaluation.json and nearest.png (the samples nearest to a real image, above it) are written there.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def open_instrument(options: argparse.Namespace, size: int) -> "Instrument":
         split=options.split,
         features=options.features,
         weights=options.weights,
-        statistics=None if options.statistics is None else Path(options.statistics),
+        statistics=options.statistics,
         cache=cache_folder(),
         device=pick_device(options.device),
     )

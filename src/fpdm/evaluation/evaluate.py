@@ -138,7 +138,7 @@ class Instrument:
         split: str = "train",
         features: str | None = None,
         weights: str | None = None,
-        statistics: Path | None = None,
+        statistics: str | Path | None = None,
         cache: Path,
         device: str = "cpu",
         say: Callable[[str], None] = print,
@@ -155,13 +155,14 @@ class Instrument:
         source = open_images(data, split=split)
         check_count(len(source), data)
         features = features or default_features(source, size)
-        check_writable(cache if statistics is None else statistics.parent)
+        path = None if statistics is None else Path(statistics)
+        check_writable(cache if path is None else path.parent)
         learned_from = open_images(data) if features == "classifier" and split != "train" else source
         extractor = make_extractor(features, weights, device, learned_from, size, cache)
-        if statistics is None:
+        if path is None:
             identity = json.dumps(identity_of(source, size, extractor), sort_keys=True)
-            statistics = cache / f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-        reference = reference_for(source, size, extractor, statistics, say)
+            path = cache / f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+        reference = reference_for(source, size, extractor, path, say)
         check_count(len(source) - reference.broken, data)
         return cls(data if split == "train" else f"{data} ({split})", source, size, extractor, reference)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from fpdm.evaluation import Evaluation, Measure
 from fpdm.evaluation.evaluate import significant
+from fpdm.experiments.sweep import key_of
 from fpdm.files import write_aside
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito 2008
@@ -32,9 +33,10 @@ Row = dict[str, Any]
 
 def write_report(points: list[Row], out: Path) -> Path:
     """Write OUT/report.html of all points, whose grids are in OUT/grids. Needs matplotlib."""
-    rows = [
-        {**point, "key": key_of(point), "evaluation": Evaluation.from_dict(point["evaluation"])} for point in points
-    ]
+    rows = []
+    for point in points:
+        key = key_of(point["model"], point["budget"], point["scheduler"], point["iterations"])
+        rows.append({**point, "key": key, "evaluation": Evaluation.from_dict(point["evaluation"])})
     distance, *names = dict.fromkeys(m.name for row in rows for m in row["evaluation"].measures)
     quality = "".join(plot(rows, x, distance) for x in AXES)
     others = "".join(plot(rows, "passes", name) for name in names)
@@ -52,11 +54,6 @@ def write_report(points: list[Row], out: Path) -> Path:
     path = out / "report.html"
     write_aside(path, lambda aside: aside.write_text(page, "utf-8"))
     return path
-
-
-def key_of(point: Row) -> str:
-    every = "" if point["iterations"] is None else f"-{point['iterations']}-iterations"
-    return f"{point['model']}-{point['budget']}-{point['scheduler'].replace('+', 'p')}{every}"
 
 
 def summary(rows: list[Row]) -> str:

@@ -76,8 +76,7 @@ class Point:
 
     @property
     def key(self) -> str:
-        every = "" if self.iterations is None else f"-{self.iterations}-iterations"
-        return f"{self.label}-{self.budget}-{self.scheduler.replace('+', 'p')}{every}"
+        return key_of(self.label, self.budget, self.scheduler, self.iterations)
 
     def choices(self, settings: Settings) -> Choices:
         return Choices(
@@ -89,6 +88,12 @@ class Point:
             guidance_scale=settings.guidance_scale,
             seed=settings.seed,
         )
+
+
+def key_of(model: str, budget: int, scheduler: str, iterations: int | None) -> str:
+    """The name of a point's files."""
+    every = "" if iterations is None else f"-{iterations}-iterations"
+    return f"{model}-{budget}-{scheduler.replace('+', 'p')}{every}"
 
 
 def run_sweep(
@@ -150,6 +155,7 @@ def points_of(
         counts: list[int | None] = [None] if iterations is None or explicit else list(iterations)
         evaluations = 1 if settings.guidance_scale == 1 else 2
         allocation = "constant" if explicit else settings.allocation
+        any_label = pipe.labels(0 if pipe.transformer.config.num_classes else None, None)
         for budget in budgets:
             for scheduler in schedulers:
                 plans: list[Plan] = []
@@ -165,7 +171,7 @@ def points_of(
                         left_out.append(f"{point.key}: the same plan as another")
                         continue
                     plans.append(plan)
-                    pipe.check_inputs(plan, labels_for(pipe, 1), scheduler, settings.guidance_scale)
+                    pipe.check_inputs(plan, any_label, scheduler, settings.guidance_scale)
                     points.append(replace(point, operations=total(cost, plan) * evaluations))
     if not points:
         raise ValueError("none of these points can be: " + "; ".join(left_out))
@@ -187,11 +193,6 @@ def labelled(models: list[str]) -> dict[str, str]:
             raise ValueError(f"two models are called {label}: name them apart, LABEL=PATH")
         found[label] = folder
     return found
-
-
-def labels_for(pipe: FixedPointDiTPipeline, count: int) -> torch.Tensor | None:
-    classes = pipe.transformer.config.num_classes
-    return None if classes == 0 else pipe.labels([i % classes for i in range(count)], None)
 
 
 def shape_of(points: list[Point]) -> tuple[int, int]:
@@ -365,7 +366,7 @@ def instrument_for(settings: Settings, size: int) -> Instrument:
         split=settings.split,
         features=settings.features,
         weights=settings.weights,
-        statistics=None if settings.statistics is None else Path(settings.statistics),
+        statistics=settings.statistics,
         cache=cache_folder(),
         device=device_for(settings),
     )
