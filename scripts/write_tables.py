@@ -42,7 +42,7 @@ def metrics(folder: str, model: str, scheduler: str) -> str:
     for p in points:
         plan = p["plan"].rsplit(", ", 1)[0]
         lines.append(row([str(p["passes"]), plan, *(cell(m) for m in p["evaluation"].measures)]))
-    return "\n".join([*lines, row(["floor", "", *(significant(m.floor) for m in measures)])])
+    return "\n".join([*lines, row(["real images", "", *(m.real for m in measures)])])
 
 
 def models(folder: str, scheduler: str) -> str:

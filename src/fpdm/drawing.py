@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from fpdm.data import write_npz
 from fpdm.devices import pick_device
-from fpdm.files import read_json, write_aside, write_json
+from fpdm.files import hold, read_json, write_aside, write_json
 from fpdm.imaging import grid
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import Plan, Report
@@ -105,8 +105,26 @@ def draw_missing(
         "class_names": pipe.class_names,
         **choices.to_dict(),
     }
-    _claim(out, request)
+    out.mkdir(parents=True, exist_ok=True)
+    with hold(out):
+        _claim(out, request)
+        report = _draw(pipe, out, count, labels, batch_size, choices, on_batch)
+        shown = [Image.open(image_file(out, i)) for i in range(min(count, GRID_IMAGES))]
+        columns = min(10, len(classes or [])) or 10
+        write_aside(out / "grid.png", partial(grid(shown, columns).save, format="PNG"))
+    return report
 
+
+def _draw(
+    pipe: FixedPointDiTPipeline,
+    out: Path,
+    count: int,
+    labels: list[int] | None,
+    batch_size: int,
+    choices: Choices,
+    on_batch: Callable[[int], None] | None,
+) -> Report:
+    """Draw what is missing of the request that `out` holds."""
     drawn, report = _drawn(out)
     missing = [i for i in range(count) if i not in drawn or not image_file(out, i).is_file()]
     for start in range(0, len(missing), batch_size):
@@ -120,11 +138,10 @@ def draw_missing(
         if new := set(indices) - drawn:  # an image drawn again, because its file was lost, counts once
             part = replace(result.report, images=len(new))
             report, drawn = part if report is None else report.merged(part), drawn | new
-            write_json(out / "report.json", {"request": request, "images": sorted(drawn), "report": report.to_dict()})
+            kept = {"request": read_json(out / "request.json"), "images": sorted(drawn), "report": report.to_dict()}
+            write_json(out / "report.json", kept)
         if on_batch is not None:
             on_batch(len(indices))
-    shown = [Image.open(image_file(out, i)) for i in range(min(count, GRID_IMAGES))]
-    write_aside(out / "grid.png", partial(grid(shown, columns=min(10, len(classes or [])) or 10).save, format="PNG"))
     assert report is not None
     return report
 
@@ -159,7 +176,6 @@ def _drawn(out: Path) -> tuple[set[int], Report | None]:
 
 def _claim(out: Path, request: dict[str, Any]) -> None:
     """Make `out` the folder of this request, or find that it is already."""
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "request.json"
     if path.is_file():
         old = read_json(path)

@@ -7,21 +7,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from safetensors import SafetensorError
 
 from fpdm.names import nearest
 
+UMASK = os.umask(0o022)
+os.umask(UMASK)
+
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     """Have `write` make a file beside `path`, sync it, and put it in the place of `path`."""
-    aside = path.with_name(f".{path.name}.writing")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
     try:
         write(aside)
+        aside.chmod(0o666 & ~UMASK)  # safetensors lets nobody else read its files
+        with aside.open("rb+") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
     except SafetensorError as error:  # a full disk, mostly
         raise OSError(f"{path} cannot be written: {error}") from error
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -48,6 +55,28 @@ def check_writable(path: Path) -> None:
             file.write(b"\0" * 4096)
     except OSError as error:
         raise OSError(f"{there} cannot be written to ({error.strerror}): choose another place") from error
+
+
+def is_free(path: Path) -> bool:
+    """Whether nothing is at `path`, or a folder without anything in it but hidden files."""
+    return not path.exists() or (path.is_dir() and all(file.name.startswith(".") for file in path.iterdir()))
+
+
+def hold(folder: Path) -> AcquireReturnProxy:
+    """Keep other commands out of a folder until what is returned is left (`with`), or this process ends.
+
+    Raises ValueError if another command is at work there.
+    """
+    try:
+        return FileLock(folder / ".lock", is_singleton=True).acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another command is at work in {folder}: let it end, or choose another folder") from None
+
+
+def wait_for(path: Path) -> AcquireReturnProxy:
+    """Wait until no other command is making the file `path`, and keep others from it while what is returned lasts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(path.with_name(f".{path.name}.lock"), is_singleton=True).acquire()
 
 
 def cache_folder() -> Path:

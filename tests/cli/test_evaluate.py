@@ -88,7 +88,7 @@ def refused(capsys, place, *arguments):
 
 
 def kept(out):
-    return json.loads((out / "evaluation.json").read_text())
+    return json.loads((out / "evaluation-classifier.json").read_text())
 
 
 def no_drawing(monkeypatch):
@@ -123,7 +123,14 @@ def test_where_the_cache_is(monkeypatch, variables, place):
 def test_a_model_is_drawn_from_and_measured(evaluated):
     names = {path.name for path in evaluated.iterdir()}
     images = {f"{i:06d}.png" for i in range(COUNT)}
-    assert names == images | {"grid.png", "nearest.png", "request.json", "report.json", "evaluation.json"}
+    assert names == images | {
+        ".lock",
+        "grid.png",
+        "nearest-classifier.png",
+        "request.json",
+        "report.json",
+        "evaluation-classifier.json",
+    }
     result = kept(evaluated)
     found = Evaluation.from_dict(result["evaluation"])
     assert found.samples == COUNT
@@ -140,7 +147,7 @@ def test_the_table_is_printed(evaluated, model, capsys):
     assert evaluate(model, "--out", evaluated, *DRAWING) == 0
     said = capsys.readouterr().out
     assert str(Evaluation.from_dict(kept(evaluated)["evaluation"])) in said
-    assert str(evaluated / "evaluation.json") in said
+    assert str(evaluated / "evaluation-classifier.json") in said
 
 
 def test_the_statistics_are_kept_in_the_cache(evaluated, cache):
@@ -159,7 +166,7 @@ def test_what_is_lost_is_drawn_again_and_the_numbers_are_the_same(evaluated, mod
     shutil.copytree(evaluated, tmp_path / "out")
     for i in (0, 17, 59):
         (tmp_path / f"out/{i:06d}.png").unlink()
-    (tmp_path / "out/evaluation.json").unlink()
+    (tmp_path / "out/evaluation-classifier.json").unlink()
     assert evaluate(model, "--out", "out", *DRAWING) == 0
     assert kept(tmp_path / "out")["evaluation"] == kept(evaluated)["evaluation"]
 
@@ -176,7 +183,9 @@ def test_samples_that_fpdm_sample_drew_are_measured_alike(evaluated, model, tmp_
         assert evaluate(place, "--out", out) == 0
         assert kept(tmp_path / out)["evaluation"] == kept(evaluated)["evaluation"]
         assert kept(tmp_path / out)["samples"] == place.split("/")[-1]
-        assert (tmp_path / out / "nearest.png").read_bytes() == (evaluated / "nearest.png").read_bytes()
+        assert (tmp_path / out / "nearest-classifier.png").read_bytes() == (
+            evaluated / "nearest-classifier.png"
+        ).read_bytes()
 
 
 def test_a_folder_of_images_needs_no_out(evaluated, folder, tmp_path, capsys):
@@ -195,7 +204,7 @@ def test_a_folder_of_images_needs_no_out(evaluated, folder, tmp_path, capsys):
 
 def test_statistics_are_made_where_they_are_asked_for(folder, tmp_path):
     assert evaluate(folder, "--statistics", "some/digits.safetensors") == 0
-    assert [path.name for path in (tmp_path / "some").iterdir()] == ["digits.safetensors"]
+    assert [path.name for path in (tmp_path / "some").glob("[!.]*")] == ["digits.safetensors"]
 
 
 def test_an_interrupt_is_told_and_the_command_goes_on(evaluated, model, tmp_path, monkeypatch, capsys):

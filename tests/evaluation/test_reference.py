@@ -216,7 +216,7 @@ def test_what_is_kept_is_read_and_not_computed_again(tmp_path):
 
 def test_a_folder_is_made_for_them_and_nothing_else_is_left_there(tmp_path):
     made(tmp_path / "some/where")
-    assert [path.name for path in (tmp_path / "some/where").iterdir()] == ["statistics.safetensors"]
+    assert [path.name for path in (tmp_path / "some/where").glob("[!.]*")] == ["statistics.safetensors"]
 
 
 def test_a_moved_data_set_is_the_same(tmp_path):

@@ -233,12 +233,20 @@ def test_the_table_has_every_number_of_every_point_and_the_floor(page):
             cells.append(f"{value}{low} to {high}")
         assert lines.count(cells) == 1, cells
     assert [int(line[3]) for line in lines] == sorted(row["passes"] for row in MANY)
-    assert floor == ["floor", "", "", "", "", "", "1.5", "0.001", "0.98"]
+    assert floor == ["real images", "", "", "", "", "", "1.5", "0.001", "0.98"]
 
 
 def test_the_page_says_what_was_measured_and_with_what(page):
     text = page.text(page.root)
-    for words in ("24 points", "50 samples", "1,797 images of digits", "8 x 8", "classifier", "50 real images against"):
+    for words in (
+        "24 points",
+        "50 samples",
+        "1,797 images of digits",
+        "8 x 8",
+        "classifier",
+        "FD-classifier: 50 against",
+        "between two halves",
+    ):
         assert words in text, words
     assert "Parameters: looped 22,320, plain 22,320" in text
     assert "hardware a processor" in text

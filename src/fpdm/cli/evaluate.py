@@ -5,7 +5,8 @@
                                                          draws the samples first, what is missing of them
 
 Each number comes with a 95% interval, and with the same number for real images against other real images: the floor.
-With --out, evaluation.json and nearest.png (the samples nearest to a real image, above it) are written there.
+With --out, evaluation-NETWORK.json and nearest-NETWORK.png (the samples nearest to a real image, above it) are written
+there.
 """
 
 import argparse
@@ -50,11 +51,17 @@ def run(options: argparse.Namespace) -> int:
         if Path(options.data).is_dir() and out.resolve().is_relative_to(Path(options.data).resolve()):
             raise ValueError(f"{out} is in the folder of the real images, which it would join: choose another --out")
     result = evaluate_samples(options, out) if is_samples(options.model) else evaluate_model(options, out)
-    print(result["evaluation"])
+    evaluation = result["evaluation"]
+    print(evaluation)
     if out is not None:
-        write_json(out / "evaluation.json", {**result, "evaluation": result["evaluation"].to_dict()})
-        print(f"written: {out / 'evaluation.json'}, {out / 'nearest.png'}")
+        path = out / f"evaluation-{result['features']}.json"
+        write_json(path, {**result, "evaluation": evaluation.to_dict()})
+        print(f"written: {path}, {picture_in(out, result['features'])}")
     return 0
+
+
+def picture_in(out: Path, network: str) -> Path:
+    return out / f"nearest-{network}.png"
 
 
 def is_samples(place: str) -> bool:
@@ -68,7 +75,7 @@ def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str,
     refuse_drawing(options)
     drawn = (path / "request.json").is_file()  # of whose pictures only the numbered ones are samples
     if out is not None and path.is_dir() and not drawn and out.resolve().is_relative_to(path.resolve()):
-        raise ValueError(f"{out} is in the folder of the samples, which nearest.png would join: choose another --out")
+        raise ValueError(f"{out} is in the folder of the samples, which its pictures would join: choose another --out")
     quiet_libraries()
     from fpdm.evaluation import open_samples
     from fpdm.machine import made_with
@@ -77,8 +84,13 @@ def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str,
     instrument = open_instrument(options, samples.size)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-    result = instrument.measure(samples, None if out is None else out / "nearest.png")
-    return {"evaluation": result, "samples": path.name, "made_with": made_with(instrument.extractor.device)}
+    result = instrument.measure(samples, None if out is None else picture_in(out, instrument.extractor.name))
+    return {
+        "evaluation": result,
+        "features": instrument.extractor.name,
+        "samples": path.name,
+        "made_with": made_with(instrument.extractor.device),
+    }
 
 
 def evaluate_model(options: argparse.Namespace, out: Path | None) -> dict[str, Any]:
@@ -97,9 +109,10 @@ def evaluate_model(options: argparse.Namespace, out: Path | None) -> dict[str, A
     instrument.check(channels_of(pipe))
     report = draw(options)
     samples = open_samples(out, options.num_images)
-    result = instrument.measure(samples, out / "nearest.png")
+    result = instrument.measure(samples, picture_in(out, instrument.extractor.name))
     return {
         "evaluation": result,
+        "features": instrument.extractor.name,
         "request": read_json(out / "request.json"),
         "report": report.to_dict(),
         "made_with": made_with(instrument.extractor.device),

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +20,12 @@ from fpdm.evaluation.metrics import (
     Moments,
     bootstrap_interval,
     dealt,
+    error_without,
     jackknife_error,
     kernel_distance,
     manifolds,
     nearest,
+    proportion_interval,
 )
 from fpdm.evaluation.reference import BATCH, Reference, features_of, identity_of, reference_for, spread
 from fpdm.evaluation.samples import LEAST, Samples
@@ -35,6 +37,7 @@ PAIRS = 10_000  # most images of either kind where all pairs are compared
 NEAR = 0.01  # of the real images are so near to another that a sample as near to one counts as a copy of it
 GROUPS = 25  # that the jackknife leaves out in turn: its error is then known to about 15%
 FLOORS = 4  # sets of real images that the floor is the mean of, where there are so many
+APART = 0.05  # of the samples may be of other classes than the data's proportions ask for
 SHOWN = 10  # pairs in the picture of nearest neighbours
 
 
@@ -47,6 +50,7 @@ class Measure:
     low, high a 95% interval
     floor     the same of real images against other real images: what a perfect model would have
     better    "lower" or "higher"; "floor" if to fall below it is suspicious, too
+    margin    of the floor, half of its 95% interval, where the floor of a perfect model is 0 but for chance
     """
 
     name: str
@@ -55,6 +59,12 @@ class Measure:
     high: float
     floor: float
     better: str
+    margin: float = 0.0
+
+    @property
+    def real(self) -> str:
+        """The floor, as it is printed."""
+        return significant(self.floor) + (f" \u00b1 {significant(self.margin)}" if self.margin else "")
 
 
 @dataclass(frozen=True)
@@ -99,17 +109,22 @@ class Evaluation:
         lines = [
             f"{self.samples:,} samples against {self.real['images']:,} images of {self.real['name']}, "
             f"{size} x {size}, features of {self.identity['features']['network']}",
-            f"{'':20} {'value':>10} {'95% interval':>22} {'floor':>10}",
+            f"{'':20} {'value':>10} {'95% interval':>22} {'real images':>20}",
         ]
         for m in self.measures:
             interval = f"{significant(m.low)} to {significant(m.high)}"
-            lines.append(f"{m.name:20} {significant(m.value):>10} {interval:>22} {significant(m.floor):>10}")
-        a, b = self.floor
-        lines.append(
-            f"floor: real images against other real images, {a:,} against {b:,} for the {self.measures[0].name}, "
-            f"which is {significant(self.halves)} between two halves of them"
+            lines.append(f"{m.name:20} {significant(m.value):>10} {interval:>22} {m.real:>20}")
+        return "\n".join([*lines, self.compared_with, *self.notes])
+
+    @property
+    def compared_with(self) -> str:
+        """How many images stand behind the numbers of the real ones."""
+        (a, b), first = self.floor, self.measures[0].name
+        return (
+            f"real images: what they are themselves to other real images, the floor of a distance. {first}: {a:,} "
+            f"against {b:,}, and {significant(self.halves)} between two halves of them. Precision to coverage: "
+            f"{self.compared:,} against as many"
         )
-        return "\n".join([*lines, *self.notes])
 
 
 def significant(value: float) -> str:
@@ -159,10 +174,10 @@ class Instrument:
         check_writable(cache if path is None else path.parent)
         learned_from = open_images(data) if features == "classifier" and split != "train" else source
         extractor = make_extractor(features, weights, device, learned_from, size, cache)
-        if path is None:
+        if remake := path is None:
             identity = json.dumps(identity_of(source, size, extractor), sort_keys=True)
             path = cache / f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-        reference = reference_for(source, size, extractor, path, say)
+        reference = reference_for(source, size, extractor, path, say, remake)
         check_count(len(source) - reference.broken, data)
         return cls(data if split == "train" else f"{data} ({split})", source, size, extractor, reference)
 
@@ -194,32 +209,37 @@ class Instrument:
         measures += near
         if picture is not None:
             self.draw_nearest(samples, order, distances, numbers, picture)
-        whole, (count, others) = self.reference.moments, self.floor_counts(x)
-        notes = []
+        return Evaluation(
+            samples=len(x),
+            compared=self.compared(x),
+            floor=self.floor_counts(x),
+            halves=self.halves,
+            real={"name": self.name, "images": self.reference.moments.count, "broken": self.reference.broken},
+            identity=self.reference.identity,
+            measures=tuple(measures),
+            notes=tuple(self.notes(x, labels, samples)),
+        )
+
+    def notes(self, x: np.ndarray, labels: list[int] | None, samples: Samples) -> Iterator[str]:
+        """What a reader should know, of samples of features x (n, D)."""
+        if samples.diverged:
+            yield f"note: {samples.diverged} of the images in the folder diverged as they were drawn"
         if labels is None and self.source.class_names and samples.source.class_names:
-            notes.append("note: the classes of the samples are not those of the real images, and left out of account")
-        if len(x) > count:
-            notes.append(
+            yield "note: the classes of the samples are not those of the real images, and left out of account"
+        if labels is not None and (note := disproportion(labels, self.source)):
+            yield note
+        if len(x) > self.floor_counts(x)[0]:
+            yield (
                 f"note: the floor of the {self.extractor.distance} is of fewer images than there are samples, which "
                 "biases it upwards; that of the kernel distance is not biased"
             )
         if len(x) < x.shape[1]:
-            notes.append(
+            yield (
                 f"note: {len(x)} samples for {x.shape[1]} features: the distance is far above that of many samples, "
                 "and to be compared at this number only"
             )
         if self.reference.broken:
-            notes.append(f"note: {self.reference.broken} real images could not be read and were left out")
-        return Evaluation(
-            samples=len(x),
-            compared=self.compared(x),
-            floor=(count, others),
-            halves=Frechet(self.moments(1))(self.moments(0)),
-            real={"name": self.name, "images": whole.count, "broken": self.reference.broken},
-            identity=self.reference.identity,
-            measures=tuple(measures),
-            notes=tuple(notes),
-        )
+            yield f"note: {self.reference.broken} real images could not be read and were left out"
 
     def features(self, samples: Samples, progress: bool = True) -> np.ndarray:
         """(n, D) float64."""
@@ -240,6 +260,21 @@ class Instrument:
         """The single features of either half (K, D), float64."""
         a, b = (half.kept.astype(np.float64) for half in self.reference.halves)
         return a, b
+
+    @cached_property
+    def halves(self) -> float:
+        """The Frechet distance between two halves of the real images."""
+        return Frechet(self.moments(1))(self.moments(0))
+
+    @cached_property
+    def floors(self) -> dict[tuple[str, int], Any]:
+        """What real images are to each other, by metric and number of samples: the same for all samples."""
+        return {}
+
+    def floor(self, name: str, count: int, compute: Callable[[], Any]) -> Any:
+        if (name, count) not in self.floors:
+            self.floors[name, count] = compute()
+        return self.floors[name, count]
 
     @cached_property
     def distance(self) -> Frechet:
@@ -267,22 +302,25 @@ class Instrument:
     def frechet(self, x: np.ndarray, strata: np.ndarray | None) -> Measure:
         whole, value = self.reference.moments, self.distance(Moments.of(x))
         margin = 1.96 * jackknife_error(self.distance, x, dealt(len(x), GROUPS, rng_for("frechet"), strata))
-        parts = [Moments.of(block) for block in self.blocks(x)]
-        floor = float(np.mean([Frechet(whole.without(part))(part) for part in parts]))
+
+        def real() -> float:
+            parts = [Moments.of(block) for block in self.blocks(x)]
+            return float(np.mean([Frechet(whole.without(part))(part) for part in parts]))
+
+        floor = self.floor("frechet", len(x), real)
         return Measure(self.extractor.distance, value, max(0.0, value - margin), value + margin, floor, "lower")
 
     def kernel(self, x: np.ndarray, strata: np.ndarray | None) -> Measure:
         (a, b), half = (kept[: PAIRS // 2] for kept in self.kept), PAIRS // 2
         of_a, of_b = self.classes(0)[:half], self.classes(1)[:half]
         of_x = None if strata is None else strata[:PAIRS]
-        estimate = kernel_distance(
+        value, error = kernel_distance(
             x[:PAIRS], np.concatenate([a, b]), paired(of_x), paired(np.concatenate([of_a, of_b]))
         )
-        margin = 1.96 * estimate.standard_error
-        floor = kernel_distance(a, b, paired(of_a), paired(of_b)).value
-        value = estimate.value
+        real = self.floor("kernel", 0, lambda: kernel_distance(a, b, paired(of_a), paired(of_b)))
         name = "KID" if self.extractor.distance == "FID" else "kernel distance"
-        return Measure(name, value, value - margin, value + margin, floor, "lower")
+        low, high = value - 1.96 * error, value + 1.96 * error
+        return Measure(name, value, low, high, real.value, "lower", 1.96 * real.standard_error)
 
     def compared(self, x: np.ndarray) -> int:
         """How many samples are compared with as many real images, pair by pair, and as many of those with others."""
@@ -290,12 +328,19 @@ class Instrument:
 
     def neighbourhoods(self, x: np.ndarray) -> list[Measure]:
         count = self.compared(x)
-        found = manifolds(x[:count], self.reference.some(count).astype(np.float64))
+        groups = dealt(count, GROUPS, rng_for("neighbourhoods"))
+        found = manifolds(x[:count], self.reference.some(count).astype(np.float64), groups=groups)
         a, b = self.kept
-        floors = manifolds(a[:count], b[:count])
+        real = self.floor("neighbourhoods", count, lambda: manifolds(a[:count], b[:count]))
+        intervals = {
+            "precision": proportion_interval(found.precision),
+            "recall": without_interval(found.recall, found.without[:, 0]),
+            "density": mean_interval(found.density, "density"),
+            "coverage": without_interval(found.coverage, found.without[:, 1]),
+        }
         return [
-            mean_measure(name, values, float(floor.mean()))
-            for name, values, floor in zip(found._fields, found, floors, strict=True)
+            Measure(name, float(getattr(found, name).mean()), *interval, float(getattr(real, name).mean()), "higher")
+            for name, interval in intervals.items()
         ]
 
     def accuracy(self, x: np.ndarray, labels: np.ndarray) -> Measure:
@@ -303,7 +348,9 @@ class Instrument:
         it was not trained on."""
         assert isinstance(self.extractor, Classifier)
         named = self.extractor.classify(torch.from_numpy(x).float()).cpu().numpy()
-        return mean_measure("accuracy", named == labels, self.extractor.accuracy)
+        right = (named == labels).astype(np.float64)
+        floor = self.extractor.accuracy
+        return Measure("accuracy", float(right.mean()), *proportion_interval(right), floor, "higher")
 
     def nearest(self, x: np.ndarray) -> tuple[list[Measure], np.ndarray, np.ndarray]:
         """The median distance to the nearest real image, and the share of samples that are nearer to one than all but
@@ -313,12 +360,13 @@ class Instrument:
         a, b = self.reference.halves
         y, numbers = np.concatenate(self.kept), np.array(a.numbers + b.numbers)
         distances, places = nearest(x[:PAIRS], y)
-        own, _ = nearest(y[:PAIRS], y, skip_own=True)
+        own, _ = self.floor("nearest", 0, lambda: nearest(y[:PAIRS], y, skip_own=True))
         value = float(np.median(distances))
         low, high = bootstrap_interval(lambda d: float(np.median(d)), distances, rng_for("nearest"))
         near = Measure("nearest real image", value, low, high, float(np.median(own)), "floor")
-        copies = mean_measure("near copies", distances < np.quantile(own, NEAR), NEAR)
-        return [near, replace(copies, better="lower")], distances, numbers[places]
+        copied = (distances < np.quantile(own, NEAR)).astype(np.float64)
+        copies = Measure("near copies", float(copied.mean()), *proportion_interval(copied), NEAR, "lower")
+        return [near, copies], distances, numbers[places]
 
     def draw_nearest(
         self, samples: Samples, order: list[int], distances: np.ndarray, numbers: np.ndarray, path: Path
@@ -340,12 +388,32 @@ def default_features(source: Source, size: int) -> str:
     return "classifier" if tiny else "efficientnet-lite0"
 
 
-def mean_measure(name: str, values: np.ndarray, floor: float) -> Measure:
-    """The mean of what is better if higher."""
-    values = values.astype(np.float64)
-    value = float(values.mean())
-    low, high = bootstrap_interval(lambda v: float(v.mean()), values, rng_for(name))
-    return Measure(name, value, low, high, floor, "higher")
+def mean_interval(values: np.ndarray, name: str) -> tuple[float, float]:
+    return bootstrap_interval(lambda v: float(v.mean()), values, rng_for(name))
+
+
+def without_interval(values: np.ndarray, without: np.ndarray) -> tuple[float, float]:
+    """Of the mean of values (m,) of 0 and 1 over real images, from its values (G,) without a group of the samples."""
+    value, error = float(values.mean()), error_without(without)
+    if error == 0:
+        return proportion_interval(values)
+    return max(0.0, value - 1.96 * error), min(1.0, value + 1.96 * error)
+
+
+def disproportion(labels: list[int], source: Source) -> str | None:
+    """A note, where the classes of the samples are not in the proportions of the real images."""
+    count = len(source.class_names)
+    drawn = np.bincount(labels, minlength=count) / len(labels)
+    real = np.bincount(np.asarray(source.labels), minlength=count) / len(source)
+    apart = float(np.abs(drawn - real).sum() / 2)
+    if apart <= APART:
+        return None
+    lacking = [source.class_names[c] for c in range(count) if real[c] and not drawn[c]]
+    which = f"; none are of {', '.join(lacking[:5])}{' and others' * (len(lacking) > 5)}" if lacking else ""
+    return (
+        f"note: the classes of the samples are not in the proportions of the real images ({apart:.0%} would have to be "
+        f"of others{which}), which all numbers but the accuracy count as a fault of the samples"
+    )
 
 
 def strata_of(labels: list[int] | None) -> np.ndarray | None:

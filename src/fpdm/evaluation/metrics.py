@@ -4,14 +4,14 @@ x  (n, D)  features of generated images        y  (m, D)  features of real image
 mu, C      mean (D,) and covariance (D, D)     k          which nearest neighbour
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 Array = np.ndarray
-ROWS = 1024  # of a matrix of distances at a time: memory stays small, and each part is one matrix product
+ELEMENTS = 2**23  # of a matrix of all pairs at a time: memory stays small, and each part is one matrix product
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Estimate(NamedTuple):
 def kernel_distance(x: Array, y: Array, x_strata: Array | None = None, y_strata: Array | None = None) -> Estimate:
     """The squared maximum mean discrepancy under the kernel (x.y / D + 1)^3, unbiased, with its standard error.
 
-    Binkowski et al. 2018, sec. 4 and eq. 4; an unbiased estimate may be below 0. The standard error is that of the
+    Binkowski et al. 2018, sec. 4; an unbiased estimate may be below 0. The standard error is that of the
     first-order projections of both sets (Hoeffding 1948).
 
     strata  (n,) and (m,) the class of each image, if the set has a fixed number of each; without them the estimate
@@ -138,9 +138,9 @@ def _variance(values: Array, strata: Array | None) -> float:
 def _kernel_sums(a: Array, b: Array, strata: Array | None = None) -> tuple[Array, Array]:
     """For each row of a, the sum of its kernels with the rows of b; and, where a is b and of these strata, with those
     of the same stratum. A row and itself are left out then."""
-    sums, same = np.empty(len(a)), np.empty(len(a))
-    for start in range(0, len(a), ROWS):
-        part = slice(start, start + ROWS)
+    sums, same, size = np.empty(len(a)), np.empty(len(a)), max(1, ELEMENTS // len(b))
+    for start in range(0, len(a), size):
+        part = slice(start, start + size)
         kernels = (a[part] @ b.T / a.shape[1] + 1) ** 3
         if strata is not None:
             rows = np.arange(len(kernels))
@@ -157,34 +157,47 @@ class Manifolds(NamedTuple):
     recall     (m,) real images within the neighbourhood of a generated one, 0 or 1
     density    (n,) neighbourhoods of real images that a generated one is in, over k
     coverage   (m,) real images with a generated one in their neighbourhood, 0 or 1
+    without    (G, 2) recall and coverage by the generated images without those of a group
     """
 
     precision: Array
     recall: Array
     density: Array
     coverage: Array
+    without: Array
 
 
-def manifolds(x: Array, y: Array, k_precision: int = 3, k_density: int = 5) -> Manifolds:
-    """Precision and recall (Kynkaanniemi et al. 2019, eq. 2 and 3, k = 3), density and coverage (Naeem et al. 2020,
-    eq. 4 and 6, k = 5). A neighbourhood is the ball around an image that reaches its k-th nearest neighbour in the
-    same set. All depend on the sizes of the sets, which should be equal."""
+def manifolds(x: Array, y: Array, k_precision: int = 3, k_density: int = 5, groups: Array | None = None) -> Manifolds:
+    """Precision and recall (Kynkaanniemi et al. 2019, k = 3), density and coverage (Naeem et al. 2020, k = 5). A
+    neighbourhood is the ball around an image that reaches its k-th nearest neighbour in the same set. All depend on the
+    sizes of the sets, which should be equal.
+
+    groups  (n,) the group of each generated image, to be left out in turn
+    """
     most = max(k_precision, k_density)
     if min(len(x), len(y)) <= most:
         raise ValueError(f"neighbourhoods need more than {most} images of each kind, not {len(x)} and {len(y)}")
+    groups = np.full(len(x), -1) if groups is None else groups
+    count = int(groups.max()) + 1
     # Copies of an image are on the edge of a ball, or at its centre: rounding must not put them outside.
     slack = 1e-12 * max((x**2).sum(1).max(), (y**2).sum(1).max())
-    ball_x = _radii(x, [k_precision])[:, 0] + slack
+    balls_x = _radii_without(x, k_precision, groups, count) + slack  # the last is that of all images
     ball_y, wide_y = _radii(y, [k_precision, k_density]).T + slack
+    widest = balls_x.max(0)
     precision, density = np.zeros(len(x)), np.zeros(len(x))
-    recall, coverage = np.zeros(len(y)), np.zeros(len(y))
+    recalled, near = np.zeros((count + 1, len(y)), bool), np.zeros((count + 1, len(y)), np.int64)
     for start, squares in _squared_distances(x, y):
         part = slice(start, start + len(squares))
         precision[part] = (squares <= ball_y).any(1)
         density[part] = (squares <= wide_y).sum(1) / k_density
-        recall = np.maximum(recall, (squares <= ball_x[part, None]).any(0))
-        coverage = np.maximum(coverage, (squares <= wide_y).any(0))
-    return Manifolds(precision, recall, density, coverage)
+        of_x, of_y = np.nonzero(squares <= widest[part, None])
+        for ball, seen in zip(balls_x, recalled, strict=True):
+            seen[of_y[squares[of_x, of_y] <= ball[start + of_x]]] = True
+        of_x, of_y = np.nonzero(squares <= wide_y)
+        np.add.at(near, (groups[start + of_x], of_y), 1)  # group -1 is the last row
+    covered = near.sum(0) - near[:count] > 0
+    without = np.stack([recalled[:count].mean(1), covered.mean(1)], axis=1)
+    return Manifolds(precision, recalled[-1].astype(float), density, (near.sum(0) > 0).astype(float), without)
 
 
 def nearest(x: Array, y: Array, skip_own: bool = False) -> tuple[Array, Array]:
@@ -204,18 +217,45 @@ def nearest(x: Array, y: Array, skip_own: bool = False) -> tuple[Array, Array]:
 def _radii(features: Array, ks: list[int]) -> Array:
     """(n, len(ks)) squared distances of each row to its k-th nearest other row."""
     radii = np.empty((len(features), len(ks)))
-    for start, squares in _squared_distances(features, features):
-        rows = np.arange(len(squares))
-        squares[rows, start + rows] = -1  # itself comes first, whatever rounding says
+    for start, squares in _others(features):
         radii[start : start + len(squares)] = np.partition(squares, ks, axis=1)[:, ks]
     return radii
 
 
-def _squared_distances(x: Array, y: Array):  # type: ignore[no-untyped-def]
+SPARE = 12  # of so many nearest neighbours more than k, hardly ever all fall into one group
+
+
+def _radii_without(features: Array, k: int, groups: Array, count: int) -> Array:
+    """(count + 1, n) squared distances of each row to its k-th nearest other row among those not of group 0, 1, ...,
+    and, in the last line, among all; below 0 for the rows of the group itself."""
+    most = min(k + SPARE, len(features) - 1)
+    radii = np.empty((count + 1, len(features)))
+    for start, squares in _others(features):
+        part, rows = slice(start, start + len(squares)), np.arange(len(squares))
+        places = np.argpartition(squares, most, axis=1)[:, : most + 1]
+        places = np.take_along_axis(places, np.take_along_axis(squares, places, 1).argsort(1), 1)[:, 1:]  # not itself
+        for group in range(count + 1):
+            kept = np.cumsum(groups[places] != group, axis=1) == k
+            kth = np.where(kept.any(1), kept.argmax(1), most - 1)
+            radii[group, part] = squares[rows, places[rows, kth]]
+    for group in range(count):
+        radii[group, groups == group] = -np.inf
+    return radii
+
+
+def _others(features: Array) -> Iterator[tuple[int, Array]]:
+    """Parts of the squared distances (n, n), in which a row comes before all others, whatever rounding says."""
+    for start, squares in _squared_distances(features, features):
+        rows = np.arange(len(squares))
+        squares[rows, start + rows] = -1
+        yield start, squares
+
+
+def _squared_distances(x: Array, y: Array) -> Iterator[tuple[int, Array]]:
     """Parts of the matrix (n, m) of squared distances: the first row, and the rows."""
-    norms = (y**2).sum(1)
-    for start in range(0, len(x), ROWS):
-        part = x[start : start + ROWS]
+    norms, rows = (y**2).sum(1), max(1, ELEMENTS // len(y))
+    for start in range(0, len(x), rows):
+        part = x[start : start + rows]
         yield start, np.maximum((part**2).sum(1)[:, None] + norms - 2 * part @ y.T, 0)
 
 
@@ -236,8 +276,20 @@ def jackknife_error(statistic: Callable[[Moments], float], features: Array, grou
     groups  (n,) the group of each of the features (n, D), as `dealt` deals them
     """
     whole, count = Moments.of(features), int(groups.max()) + 1
-    without = [statistic(whole.without(Moments.of(features[groups == g]))) for g in range(count)]
-    return float(np.sqrt((count - 1) * np.var(without)))
+    return error_without([statistic(whole.without(Moments.of(features[groups == g]))) for g in range(count)])
+
+
+def error_without(values: Array | list[float]) -> float:
+    """The standard error of a statistic from its values (G,) without one group at a time."""
+    return float(np.sqrt((len(values) - 1) * np.var(values)))
+
+
+def proportion_interval(values: Array) -> tuple[float, float]:
+    """A 95% interval for the mean of values (n,) of 0 and 1 (Wilson 1927): not empty where all are alike."""
+    n, p, z = len(values), float(values.mean()), 1.96
+    centre, margin = p + z**2 / (2 * n), z * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = (centre - margin) / (1 + z**2 / n), (centre + margin) / (1 + z**2 / n)
+    return max(0.0, float(min(low, p))), min(1.0, float(max(high, p)))
 
 
 def dealt(count: int, groups: int, rng: np.random.Generator, strata: Array | None = None) -> Array:

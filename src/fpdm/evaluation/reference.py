@@ -25,7 +25,7 @@ from tqdm import tqdm
 from fpdm.data import BrokenImage, Source, central, pixels
 from fpdm.evaluation.extractors import Extractor
 from fpdm.evaluation.metrics import Moments
-from fpdm.files import check_writable, write_aside
+from fpdm.files import check_writable, wait_for, write_aside
 from fpdm.keyed import generator
 
 FORMAT = 1
@@ -141,20 +141,50 @@ class Reference:
 
 
 def reference_for(
-    source: Source, size: int, extractor: Extractor, path: Path, say: Callable[[str], None] = print
+    source: Source,
+    size: int,
+    extractor: Extractor,
+    path: Path,
+    say: Callable[[str], None] = print,
+    remake: bool = False,
 ) -> Reference:
-    """The statistics of a data set, from the file `path` if they are there, else computed and kept there.
+    """The statistics of a data set, from the file `path` if they are there, else computed and kept there. Of several
+    processes that want them at once, one computes.
+
+    remake  whether a damaged file is computed anew; else it is an error
 
     Raises ValueError if the file is of other data, other preprocessing or another network, naming what differs.
     """
     identity = identity_of(source, size, extractor)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; statistics are one file, such as {path / 'statistics.safetensors'}")
-    if path.is_file():
-        reference = Reference.load(path)
-        refuse_other(reference, identity, path)
+    if reference := kept_at(path, identity, say if remake else None):
         return reference
     check_writable(path.parent)
+    with wait_for(path):
+        return kept_at(path, identity, None) or made_at(path, identity, source, size, extractor, say)
+
+
+def kept_at(path: Path, identity: dict[str, Any], say: Callable[[str], None] | None) -> Reference | None:
+    """The statistics in a file, if it is there. With `say`, a damaged one is taken away, which it is told."""
+    if not path.is_file():
+        return None
+    try:
+        reference = Reference.load(path)
+    except ValueError as error:
+        if say is None:
+            raise
+        say(f"{path.name} in the cache is damaged, and made anew ({error.__cause__})")
+        path.unlink(missing_ok=True)
+        return None
+    refuse_other(reference, identity, path)
+    return reference
+
+
+def made_at(
+    path: Path, identity: dict[str, Any], source: Source, size: int, extractor: Extractor, say: Callable[[str], None]
+) -> Reference:
+    """Compute the statistics, or what is missing of them, and keep them."""
     partial = path.with_name(path.name + ".partial")
     reference = Reference(identity, (Half(), Half()))
     with suppress(ValueError):  # a damaged one is begun anew

@@ -39,6 +39,11 @@ class Samples:
             raise ValueError(f"the samples are in colour (number {index} is) and the real images are grey")
         return image[:1].expand(channels, -1, -1)
 
+    @property
+    def diverged(self) -> int:
+        """How many are known to have diverged as they were drawn."""
+        return self.source.diverged if isinstance(self.source, DrawnFolder) else 0
+
     def labels(self, class_names: list[str]) -> list[int] | None:
         """The class that each was asked for, as a number of the data's classes `class_names`. None if that is not
         known, or the classes are others.
@@ -73,6 +78,8 @@ class DrawnFolder:
         self.class_names: list[str] = []
         self.labels = [0] * len(numbers)
         self.named = bool(request["class_names"])
+        report = path / "report.json"
+        self.diverged: int = read_json(report)["report"]["diverged"] if report.is_file() else 0
         if request["classes"]:
             self.class_names = request["class_names"] or list(map(str, range(max(request["classes"]) + 1)))
             classes = cycled(request["classes"], max(numbers, default=-1) + 1) or []

@@ -15,6 +15,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from PIL import Image
+
 from fpdm.evaluation import Evaluation, Measure
 from fpdm.evaluation.evaluate import significant
 from fpdm.experiments.sweep import key_of
@@ -28,6 +30,7 @@ AXES = {
     "operations": "operations per image",
     "seconds": "seconds per image",
 }
+SHOWN_WIDTH = 640  # pixels, as in page.html
 Row = dict[str, Any]
 
 
@@ -58,12 +61,12 @@ def write_report(points: list[Row], out: Path) -> Path:
 
 def summary(rows: list[Row]) -> str:
     first: Evaluation = rows[0]["evaluation"]
-    size, (a, b) = first.identity["preprocessing"]["size"], first.floor
+    size = first.identity["preprocessing"]["size"]
     counts = sorted({row["evaluation"].samples for row in rows})
     return html.escape(
         f"{len(rows)} points; {' or '.join(f'{n:,}' for n in counts)} samples each against {first.real['images']:,} "
         f"images of {first.real['name']}, {size} x {size}, by features of {first.identity['features']['network']}. "
-        f"The dashed line is the floor: {a:,} real images against {b:,} other real ones. Bars are 95% intervals."
+        f"Bars are 95% intervals, and dashed lines {first.compared_with}."
     )
 
 
@@ -180,7 +183,7 @@ def table(rows: list[Row], names: list[str]) -> str:
         lines.append(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     found = [[m for row in rows if (m := measure_of(row, name)) is not None] for name in names]
     floors = [measures[0] for measures in found]
-    cells = ["floor", "", "", "", "", "", *(significant(m.floor) for m in floors)]
+    cells = ["real images", "", "", "", "", "", *(m.real for m in floors)]
     lines.append(f"<tr class=floor>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     return f"<table>{''.join(lines)}</table>"
 
@@ -191,11 +194,11 @@ def plan_of(row: Row) -> str:
 
 def overlay(row: Row, grid: Path) -> str:
     """What is shown when a point is opened: its images, and its numbers."""
-    picture = base64.b64encode(grid.read_bytes()).decode()
+    picture = base64.b64encode(small(grid)).decode()
     evaluation: Evaluation = row["evaluation"]
     numbers = "".join(
         f"<tr><td>{html.escape(m.name)}</td><td>{significant(m.value)}</td>"
-        f"<td>{significant(m.low)} to {significant(m.high)}</td><td>{significant(m.floor)}</td></tr>"
+        f"<td>{significant(m.low)} to {significant(m.high)}</td><td>{m.real}</td></tr>"
         for m in evaluation.measures
     )
     diverged = f"<p>{row['diverged']} of the images diverged.</p>" if row["diverged"] else ""
@@ -206,9 +209,19 @@ def overlay(row: Row, grid: Path) -> str:
         f"<p>{html.escape(row['plan'])}; {row['operations']:.3g} operations, {significant(row['seconds'])} s per image"
         f" <a class=close href='#_'>close</a></p><div class=sides>"
         f'<img alt="the first images" src="data:image/png;base64,{picture}">'
-        f"<div><table><tr><th></th><th>value</th><th>95% interval</th><th>floor</th></tr>{numbers}</table>"
+        f"<div><table><tr><th></th><th>value</th><th>95% interval</th><th>real images</th></tr>{numbers}</table>"
         f"{diverged}{notes}</div></div></section></div>"
     )
+
+
+def small(grid: Path) -> bytes:
+    """A PNG no wider than it is shown: a page of many points of large images would be too large to open."""
+    with Image.open(grid) as picture:
+        if picture.width <= SHOWN_WIDTH:
+            return grid.read_bytes()
+        buffer, height = io.BytesIO(), round(picture.height * SHOWN_WIDTH / picture.width)
+        picture.resize((SHOWN_WIDTH, height), Image.Resampling.LANCZOS).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def conditions(rows: list[Row]) -> str:

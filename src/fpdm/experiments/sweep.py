@@ -17,10 +17,11 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from tqdm import tqdm
 from fpdm.devices import pick_device
 from fpdm.drawing import Choices, channels_of, draw_missing, dtype_of, load_pipeline, side_of
 from fpdm.evaluation import Evaluation, Instrument, open_samples
-from fpdm.files import cache_folder, model_folder, read_json, write_json
+from fpdm.files import cache_folder, hold, is_free, model_folder, read_json, write_json
 from fpdm.machine import made_with
 from fpdm.names import unknown
 from fpdm.pipeline import FixedPointDiTPipeline
@@ -123,7 +124,17 @@ def run_sweep(
     # Before several processes want them, the statistics of the real images are there.
     instrument = instrument_for(settings, size)
     instrument.check(channels)
-    claim(out, settings, points, instrument.reference.identity)
+    out.mkdir(parents=True, exist_ok=True)
+    with hold(out):
+        claim(out, settings, points, instrument.reference.identity)
+        compute_missing(points, settings, out, processes, say)
+    return all_points(out)
+
+
+def compute_missing(
+    points: list[Point], settings: Settings, out: Path, processes: int, say: Callable[[str], None]
+) -> None:
+    """Compute those of the points that `out` lacks."""
     missing = [point for point in points if not finished(out, point.key)]
     for point in set(points) - set(missing):
         shutil.rmtree(out / "drawing" / point.key, ignore_errors=True)
@@ -138,7 +149,6 @@ def run_sweep(
             shutil.rmtree(out / "drawing" / point.key, ignore_errors=True)
             first = Evaluation.from_dict(result["evaluation"]).measures[0]
             bar.write(f"{point.key:32} {first.name} {first.value:.3g} ({first.low:.3g} to {first.high:.3g})")
-    return all_points(out)
 
 
 def points_of(
@@ -209,7 +219,7 @@ def check_claim(out: Path, settings: Settings, points: list[Point]) -> dict[str,
     path = out / "sweep.json"
     new: dict[str, Any] = {"settings": {}, "models": {}, "identity": None}
     if not path.is_file():
-        if out.exists() and (not out.is_dir() or any(not file.name.startswith(".") for file in out.iterdir())):
+        if not is_free(out):
             raise ValueError(f"{out} is there already and holds no sweep: choose another --out")
         return new
     old = read_json(path)
@@ -233,7 +243,6 @@ def claim(out: Path, settings: Settings, points: list[Point], identity: dict[str
     if old["identity"] not in (None, identity):
         raise ValueError(f"{out} was measured against other data or by another network: choose another --out")
     models = {**old["models"], **{point.label: point.digest for point in points}}
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / "sweep.json", {"settings": asdict(settings), "models": models, "identity": identity})
     for folder in ("points", "grids", "drawing"):
         (out / folder).mkdir(exist_ok=True)
@@ -267,9 +276,8 @@ def computed(
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
     counter = context.Value("i", 0)
     with ProcessPoolExecutor(processes, context, start_worker, (threads, counter)) as pool:
-        interrupts = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes; the main one ends them
-        futures = {pool.submit(measure_point, point, settings, out, processes): point for point in points}
-        signal.signal(signal.SIGINT, interrupts)
+        with without_interrupts():  # of the processes; the main one ends them
+            futures = {pool.submit(measure_point, point, settings, out, processes): point for point in points}
         try:
             for future in as_completed(futures):
                 point = futures[future]
@@ -286,6 +294,19 @@ def computed(
             for worker in workers:
                 worker.kill()  # what is drawn is on the disk
             raise
+
+
+@contextmanager
+def without_interrupts() -> Iterator[None]:
+    """Processes that are started in here ignore Ctrl-C. Off the main thread, where nobody may say so, they do not."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 _place = 0  # which of the worker processes this is
@@ -349,7 +370,7 @@ def device_for(settings: Settings) -> str:
     return f"cuda:{_place % torch.cuda.device_count()}" if device == "cuda" else device
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=8)  # points go from model to model
 def pipeline_for(folder: str, weights: str, device: str, dtype: str) -> FixedPointDiTPipeline:
     """Raises ValueError if the weights in the folder are not those whose digest is `weights`."""
     pipe = load_pipeline(folder, "cpu", "float32")

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fpdm.files import read_json, write_aside, write_json
+from fpdm.files import hold, is_free, read_json, write_aside, write_json
 from fpdm.training.config import Config, differences
 
 
@@ -26,13 +26,18 @@ class RunDir:
         new = {**config.to_dict(), "data_fingerprint": fingerprint}
         if settings.is_file():
             self._compare(read_json(settings), new)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif not is_free(self.path):
             raise ValueError(f"{self.path} is there already and is not a run: choose another --name")
         self._new = new
 
     def create(self) -> None:
-        """Make the folders and write the config. Called by one process only."""
-        for folder in (self.path, self.checkpoints, self.samples):
+        """Make the folders and write the config. Called by one process only.
+
+        Raises ValueError if another command is at work in them.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._held = hold(self.path)  # as long as this object lives
+        for folder in (self.checkpoints, self.samples):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "config.json", self._new)
 

@@ -34,8 +34,7 @@ class Extractor(Protocol):
         """Features (B, D) float32 of images (B, C, H, W) uint8."""
 
 
-EXTRACTORS: dict[str, Callable[..., Any]] = {
-    "classifier": Classifier.for_data,
+EXTRACTORS: dict[str, Callable[[str | None, str], Extractor]] = {
     "efficientnet-lite0": EfficientNetLite0,
     "inception": Inception,
     "dinov2": DINOv2,
@@ -51,12 +50,11 @@ def make_extractor(name: str, weights: str | None, device: str, source: Source, 
 
     Raises ValueError for an unknown name or weights that do not fit, ImportError if a package is missing.
     """
-    if name not in EXTRACTORS:
-        raise ValueError(unknown("feature extractor", name, EXTRACTORS))
-    if name == "classifier":
+    if name == Classifier.name:
         return Classifier.for_data(source, size, weights, device, cache)
-    extractor: Extractor = EXTRACTORS[name](weights, device)
-    return extractor
+    if name not in EXTRACTORS:
+        raise ValueError(unknown("feature extractor", name, (Classifier.name, *EXTRACTORS)))
+    return EXTRACTORS[name](weights, device)
 
 
 __all__ = ["EXTRACTORS", "Classifier", "DINOv2", "EfficientNetLite0", "Extractor", "Inception", "make_extractor"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fpdm.data import BrokenImage, Source, central, pixels
-from fpdm.files import write_aside
+from fpdm.files import wait_for, write_aside
 from fpdm.keyed import generator, seed_of
 from fpdm.weights import digest, fill
 
@@ -111,8 +111,11 @@ class Classifier:
                     source.fingerprint, size
                 ):  # fmt: skip
                     return cls.load(path, source, size, device)
-        trained = cls.train(source, size, device)
-        trained.save(kept)
+        with wait_for(kept):
+            if kept.is_file():  # another process made it
+                return cls.load(kept, source, size, device)
+            trained = cls.train(source, size, device)
+            trained.save(kept)
         return trained
 
     @classmethod

@@ -7,11 +7,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fpdm.evaluation.extractors.efficientnet import resized
+from fpdm.evaluation.extractors.images import resized
 from fpdm.names import needs
 from fpdm.weights import digest
 
 SIDE = 224
+WIDTH = 1024  # of ViT-L, by whose features FD-DINOv2 is defined
 HUB = "facebook/dinov2-large"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels
 
@@ -43,6 +44,8 @@ class DINOv2:
             raise ValueError(f"DINOv2 cannot be opened ({reason}): name a folder of it with --weights") from error
         self.model.requires_grad_(False).eval().to(device)
         self.device = device
+        if (width := self.model.config.hidden_size) != WIDTH:
+            self.distance = f"FD-DINOv2 ({width} wide)"
         self.identity: dict[str, Any] = {
             "network": f"dinov2, {self.model.config.num_hidden_layers} layers, {self.model.config.hidden_size} wide",
             "weights": digest(self.model),

@@ -3,9 +3,9 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fpdm.evaluation.extractors.images import resized
 from fpdm.names import needs
 from fpdm.weights import digest, fill, load_tensors
 
@@ -54,11 +54,3 @@ class EfficientNetLite0:
     def classify(self, features: Tensor) -> Tensor:
         """Classes of ImageNet, numbered as usual."""
         return self.model._fc(features.to(self.device)).argmax(1)
-
-
-def resized(images: Tensor, side: int, mode: str) -> Tensor:
-    """Images (B, C, H, W) uint8 as (B, C, side, side) float32 in [0, 255], antialiased where they shrink."""
-    x = images.float()
-    if x.shape[-2:] == (side, side):
-        return x
-    return F.interpolate(x, (side, side), mode=mode, align_corners=False, antialias=True).clamp(0, 255)

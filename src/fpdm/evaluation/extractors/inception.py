@@ -22,6 +22,7 @@ class Inception:
     name, distance, channels = "inception", "FID", (3,)
 
     def __init__(self, weights: str | None = None, device: str = "cpu"):
+        needs("torchvision", "fid")
         needs("torch_fidelity", "fid")
         from torch_fidelity import FeatureExtractorInceptionV3
 
