@@ -66,7 +66,7 @@ def summary(rows: list[Row]) -> str:
     return html.escape(
         f"{len(rows)} points; {' or '.join(f'{n:,}' for n in counts)} samples each against {first.real['images']:,} "
         f"images of {first.real['name']}, {size} x {size}, by features of {first.identity['features']['network']}. "
-        f"Bars are 95% intervals, and dashed lines {first.compared_with}."
+        f"Bars are 95% intervals, and dashed lines are {first.compared_with}."
     )
 
 
