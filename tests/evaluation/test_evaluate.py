@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fpdm.data import ArraySource, digits, open_images
-from fpdm.evaluation import EXTRACTORS, Evaluation, Instrument, Measure, Samples, reference
+from fpdm.evaluation import EXTRACTORS, Evaluation, Instrument, Measure, Samples, open_samples, reference
 from fpdm.evaluation import evaluate as module
 from fpdm.evaluation.evaluate import default_features, significant
 from fpdm.evaluation.extractors import classifier
@@ -441,3 +441,37 @@ def test_only_distances_of_inceptions_features_are_called_fid_and_kid(projected)
 ])  # fmt: skip
 def test_numbers_are_written_as_people_read_them(value, text):
     assert significant(value) == text
+
+
+# What a reader should know
+
+
+def test_classes_out_of_proportion_are_noted(instrument):
+    few = [number for number in OTHERS if DIGITS.labels[number] not in (3, 7)]
+    note = next(note for note in measured(instrument, real(few)).notes if "proportions" in note)
+    assert "(20% would have to be of others; none are of 3, 7)" in note
+    assert not any("proportions" in note for note in measured(instrument, noise()).notes)
+
+
+def test_diverged_samples_are_noted(projected, tmp_path):
+    for number in range(60):
+        Image.fromarray(DIGITS.images[number]).save(tmp_path / f"{number:06d}.png")
+    (tmp_path / "request.json").write_text(json.dumps({"classes": None, "class_names": []}))
+    (tmp_path / "report.json").write_text(json.dumps({"report": {"diverged": 4}}))
+    found = measured(projected(noise_source(90)), open_samples(tmp_path))
+    assert "note: 4 of the images in the folder diverged as they were drawn" in found.notes
+
+
+def test_damaged_statistics_in_the_cache_are_made_anew_and_others_refused(tmp_path):
+    data, said = saved(tmp_path / "a.npz", DIGITS.images[SHOWN], DIGITS.labels[SHOWN]), []
+    opened = Instrument.open(data, 8, weights=CARRIED, cache=tmp_path / "cache")
+    path = next((tmp_path / "cache").glob("statistics-*.safetensors"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="damaged"):
+        Instrument.open(data, 8, weights=CARRIED, statistics=path, cache=tmp_path / "cache")
+    again = Instrument.open(data, 8, weights=CARRIED, cache=tmp_path / "cache", say=said.append)
+    assert len(said) == 1
+    assert "damaged, and made anew" in said[0]
+    assert again.reference.moments.count == opened.reference.moments.count
+    assert path.read_bytes() == whole
