@@ -6,14 +6,17 @@ from fpdm.fixedpoint.gradients import (
     MultiStepJacobianFree,
     StochasticJacobianFree,
     Unroll,
-    detach,
 )
 from fpdm.fixedpoint.solve import Solution, Status, relative_residual, solve
-from fpdm.fixedpoint.solvers import Picard, Solver
+from fpdm.fixedpoint.solvers import SOLVERS, Anderson, Broyden, Picard, Solver, solver_of
 from fpdm.fixedpoint.spec import Solve
-from fpdm.fixedpoint.stopping import FixedIterations, Stopping, Tolerance
+from fpdm.fixedpoint.stopping import FixedIterations, Stopping, Tolerance, check_tolerance
+from fpdm.fixedpoint.trees import detach, select
 
 __all__ = [
+    "SOLVERS",
+    "Anderson",
+    "Broyden",
     "FixedIterations",
     "Gradient",
     "JacobianFree",
@@ -27,7 +30,10 @@ __all__ = [
     "Stopping",
     "Tolerance",
     "Unroll",
+    "check_tolerance",
     "detach",
     "relative_residual",
+    "select",
     "solve",
+    "solver_of",
 ]

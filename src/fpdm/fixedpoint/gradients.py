@@ -9,7 +9,7 @@ processes draw the same; `solve` then runs the loop. Adding a method is adding a
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,7 @@ from torch import Tensor
 from fpdm.fixedpoint.solve import Function, Solution, solve
 from fpdm.fixedpoint.solvers import Solver
 from fpdm.fixedpoint.stopping import FixedIterations, Stopping
-
-Tree = TypeVar("Tree")
+from fpdm.fixedpoint.trees import detach
 
 
 class Gradient(Protocol):
@@ -126,16 +125,6 @@ class StochasticJacobianFree:
             "the iteration counts of StochasticJacobianFree are not drawn yet: pass `gradient.draw(generator)`, with a "
             "generator that is the same on all processes"
         )
-
-
-def detach(tree: Tree) -> Tree:
-    """`tree` (a tensor, None, or tuples of them) with every tensor detached."""
-    if isinstance(tree, Tensor):
-        return tree.detach()  # type: ignore[return-value]
-    if isinstance(tree, tuple):
-        parts = [detach(part) for part in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)  # type: ignore[return-value]
-    return tree
 
 
 def _two_phases(

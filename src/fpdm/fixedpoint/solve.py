@@ -4,11 +4,12 @@
     f   the function          f(z, context) -> z
     r   relative residual     |f(z) - z| / |f(z)| per sample, in float32
 
-`context` is whatever f needs that does not change over the iterations: a tensor, or (named) tuples of tensors.
+`context` is whatever f needs that does not change over the iterations: a tensor, or (named) tuples of tensors, whose
+first axis is the batch. A sample that is finished leaves the batch and costs nothing more.
 """
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 from fpdm.fixedpoint.solvers import Picard, Solver
-from fpdm.fixedpoint.stopping import Stopping
+from fpdm.fixedpoint.stopping import Counts, Stopping
+from fpdm.fixedpoint.trees import select
 
 Function = Callable[[Tensor, Any], Tensor]
+GROWTH, HARMLESS = 10.0, 1e-3  # a residual that ends at so many times its smallest, or of this, has diverged
 
 
 class Status(IntEnum):
@@ -35,7 +38,7 @@ class Status(IntEnum):
             Status.COMPLETED: "the number of iterations asked for was done",
             Status.CONVERGED: "the tolerance was reached",
             Status.ITERATION_LIMIT: "the tolerance was not reached: allow more iterations or a larger tolerance",
-            Status.DIVERGED: "a value that is not finite appeared: try damping below 1, float32, or fewer iterations",
+            Status.DIVERGED: "the residual grew or was not finite: try damping below 1, float32, or fewer iterations",
         }[self]
 
 
@@ -43,7 +46,7 @@ class Status(IntEnum):
 class Solution:
     """The result of a solve.
 
-    value       (batch, ...) the last iterate; under a tolerance, the last one that was finite
+    value       (batch, ...) the last iterate; of a sample that diverged, f at the iterate of the smallest residual
     residuals   (iterations, batch) float32, relative; NaN where a sample had stopped or nothing was recorded
     iterations  (batch,) int64, evaluations of f spent on each sample
     status      (batch,) int64, values of `Status`
@@ -80,32 +83,38 @@ def solve(
 ) -> Solution:
     """Iterate z <- solver.step(z, f(z, context)) from `z` (batch, ...) until `stopping` says so.
 
-    `record=False` skips the residuals of a fixed number of iterations. `keep` names iterations (from 1) whose iterates
-    are wanted as well. Under autograd the loop is differentiated as it ran; see `gradients` for the alternatives.
+    `record=False` skips the residuals of a fixed number of iterations, by which samples that diverge are known. `keep`
+    names iterations (from 1) whose iterates are wanted as well. Under autograd the loop is differentiated as it ran
+    (for alternatives see `gradients`), and a fixed number of iterations returns the last iterate whatever it is.
+
+    Raises ValueError if the rule has another number of limits than there are samples.
     """
-    batch, track = len(z), record or stopping.reads_residual
-    state, residuals, kept = solver.init(z), [], {}
-    running: Tensor | None = None  # None: all samples, known without asking the device
-    spent = torch.zeros(batch, dtype=torch.int64, device=z.device)
+    track = record or stopping.reads_residual
+    most, limits = _limits(stopping.limit, len(z))
+    rescue = track and (stopping.reads_residual or not torch.is_grad_enabled())
+    running = _Running(z, context, solver.init(z), limits, rescue)
+    out, rows, kept = z, [], {}
+    spent = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    if limits is not None:
+        out, running = _without(out, running, limits > 0)
 
-    for k in range(1, stopping.max_iterations + 1):
-        fz = f(z, context)
-        following, state = solver.step(z, fz, state)
-        r = relative_residual(z, fz) if track else z.new_full((batch,), torch.nan, dtype=torch.float32)
-        residuals.append(r if running is None else r.masked_fill(~running, torch.nan))
-        spent = spent + (1 if running is None else running)
-        if stopping.reads_residual:
-            moving = r.isfinite() if running is None else running & r.isfinite()
-            following = torch.where(_column(moving, z), following, z)  # a sample that stopped or broke stays put
-            running = moving & stopping.unfinished(r)
-        z = following
+    for k in range(1, most + 1):
+        fz = f(running.z, running.context)
+        r = relative_residual(running.z, fz) if track else None
+        rows.append(_row(r, running.places, spent))
+        here = running.places
+        spent = spent + 1 if here is None else spent.index_add(0, here, torch.ones_like(here))
+        running = running.moved(solver, fz, r)
         if k in keep:
-            kept[k] = z
-        if running is not None and not running.any():
-            break
+            kept[k] = running.into(out)
+        going = _going(running, stopping, k)
+        if going is not None:
+            out, running = _without(out, running, going)
+            if not len(running.z):
+                break
 
-    rows = torch.stack(residuals) if residuals else z.new_empty((0, batch), dtype=torch.float32)
-    return Solution(z, rows, spent, _status(rows, spent, stopping, track), kept)
+    residuals = torch.stack(rows) if rows else z.new_empty((0, len(z)), dtype=torch.float32)
+    return Solution(running.into(out), residuals, spent, _status(residuals, spent, stopping, track), kept)
 
 
 @torch.no_grad()
@@ -117,17 +126,108 @@ def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
     return (distance / torch.maximum(size, 1e-30 * distance).clamp_min(torch.finfo(torch.float32).tiny)).float()
 
 
+@dataclass(frozen=True)
+class _Running:
+    """The samples of a batch that are still iterated.
+
+    limits    (n,) on the CPU, the most iterations of each; None where all have the same
+    rescue    whether to keep `best` and `least`
+    places    (n,) their numbers in the batch; None while that is all of it
+    best      (n, ...) f at the iterate of the smallest residual, and that residual (n,)
+    residual  (n,) of the last iteration
+    """
+
+    z: Tensor
+    context: Any
+    state: Any
+    limits: Tensor | None
+    rescue: bool
+    places: Tensor | None = None
+    best: Tensor | None = None
+    least: Tensor | None = None
+    residual: Tensor | None = None
+
+    def moved(self, solver: Solver, fz: Tensor, residual: Tensor | None) -> "_Running":
+        """These samples after an iteration."""
+        following, state = solver.step(self.z, fz, self.state)
+        best, least = self.best, self.least
+        if self.rescue:
+            assert residual is not None
+            if best is None or least is None:
+                best, least = self.z, torch.full_like(residual, torch.inf)
+            better = residual < least  # never of a NaN
+            best, least = torch.where(_column(better, fz), fz, best), residual.where(better, least)
+        return replace(self, z=following, state=state, best=best, least=least, residual=residual)
+
+    def selected(self, stay: Tensor) -> "_Running":
+        """Those at `stay` (m,), numbers among these samples."""
+        here = stay.to(self.z.device, non_blocking=True)
+        tensors = (self.z, self.context, self.state, self.best, self.least, self.residual)
+        z, context, state, best, least, residual = select(tensors, here)
+        limits = None if self.limits is None else self.limits[stay.cpu()]
+        places = here if self.places is None else self.places[here]
+        return _Running(z, context, state, limits, self.rescue, places, best, least, residual)
+
+    def into(self, out: Tensor) -> Tensor:
+        """`out` (batch, ...) with the values of these samples in their places."""
+        value = self.z
+        if self.best is not None and self.least is not None and self.residual is not None:
+            value = torch.where(_column(_diverged(self.residual, self.least), value), self.best, value)
+        return value if self.places is None else out.to(value.dtype).index_copy(0, self.places, value)
+
+
+def _limits(limit: Counts, batch: int) -> tuple[int, Tensor | None]:
+    """The most iterations of any sample; and of each, where they differ."""
+    if isinstance(limit, int):
+        return limit, None
+    if len(limit) != batch:
+        raise ValueError(f"there are {len(limit)} limits of iterations for {batch} samples: give one for each, or one")
+    most = max(limit, default=0)
+    return most, None if most == min(limit, default=0) else torch.tensor(limit)
+
+
+def _going(running: _Running, stopping: Stopping, k: int) -> Tensor | None:
+    """Which of the samples go on after iteration k, as booleans (n,); None for all, known without asking the device."""
+    going = None if running.limits is None else running.limits > k
+    if stopping.reads_residual:
+        assert running.residual is not None
+        unsolved = running.residual.isfinite() & stopping.unfinished(running.residual)
+        going = unsolved.cpu() if going is None else unsolved.cpu() & going
+    return None if going is None or bool(going.all()) else going
+
+
+def _without(out: Tensor, running: _Running, going: Tensor) -> tuple[Tensor, _Running]:
+    """`out` with the values of the samples that are finished, and the others."""
+    if bool(going.all()):
+        return out, running
+    return running.into(out), running.selected(going.nonzero().squeeze(1))
+
+
+def _row(r: Tensor | None, places: Tensor | None, spent: Tensor) -> Tensor:
+    """Residuals (batch,): NaN where there are none."""
+    if r is not None and places is None:
+        return r
+    row = torch.full(spent.shape, torch.nan, device=spent.device)
+    return row if r is None or places is None else row.index_copy(0, places, r)
+
+
 def _column(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (like.dim() - 1))
 
 
+def _diverged(last: Tensor, least: Tensor) -> Tensor:
+    """Whether a sample's last residual is not finite, or has grown (batch,)."""
+    return ~(last <= GROWTH * least.clamp_min(HARMLESS)) | ~last.isfinite()
+
+
 def _status(residuals: Tensor, spent: Tensor, stopping: Stopping, tracked: bool) -> Tensor:
     """Status codes (batch,), computed on the device: nothing here waits for a value."""
+    completed = torch.full_like(spent, Status.COMPLETED)
     if not tracked or not len(residuals):
-        return torch.full_like(spent, Status.COMPLETED)
-    last = residuals.gather(0, (spent - 1).unsqueeze(0))[0]
+        return completed
+    last = residuals.gather(0, (spent - 1).clamp_min(0).unsqueeze(0))[0]
+    ended = completed
     if stopping.reads_residual:
         ended = torch.where(stopping.unfinished(last), Status.ITERATION_LIMIT, Status.CONVERGED)
-    else:
-        ended = torch.full_like(spent, Status.COMPLETED)
-    return torch.where(last.isfinite(), ended, Status.DIVERGED)
+    least = residuals.nan_to_num(nan=torch.inf).min(0).values
+    return torch.where(_diverged(last, least) & (spent > 0), Status.DIVERGED, ended)
