@@ -15,7 +15,7 @@ from fpdm.evaluation import Evaluation, Measure
 from fpdm.evaluation.evaluate import significant
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs/evaluation.md",)
+PAGES = (ROOT / "docs/evaluation.md", ROOT / "docs/how-to-choose.md")
 Point = dict[str, Any]
 
 
@@ -58,7 +58,80 @@ def models(folder: str, scheduler: str) -> str:
     return "\n".join(lines)
 
 
-TABLES: dict[str, Callable[..., str]] = {"metrics": metrics, "models": models}
+# Ways to spend a budget, and the points of a sweep that are such. "No smoothing" is the mean of the training's counts.
+PLAIN: dict[str, Any] = {"scheduler": "dpm++", "solver": "picard", "tuned": False}
+LADDER: dict[str, dict[str, Any]] = {
+    "no smoothing: 6 iterations": {**PLAIN, "iterations": 6, "reuse": "none"},
+    "smoothing: 2 iterations": {**PLAIN, "iterations": 2, "reuse": "none"},
+    "+ reuse": {**PLAIN, "iterations": 2, "reuse": "plain"},
+    "+ linear forecast": {**PLAIN, "iterations": 2, "reuse": "linear"},
+    "or quadratic forecast": {**PLAIN, "iterations": 2, "reuse": "quadratic"},
+    "linear forecast, Anderson": {**PLAIN, "iterations": 2, "reuse": "linear", "solver": "anderson:2"},
+    "linear forecast, 1 iteration": {**PLAIN, "iterations": 1, "reuse": "linear"},
+    "tuned": {"tuned": True},
+}
+
+
+def ladder(folder: str) -> str:
+    """The Frechet distance by way to spend the budget: mean over seeds, and the smallest and largest."""
+    points = points_of(folder)
+    budgets = sorted({p["budget"] for p in points})
+    lines = [row(["", *map(str, budgets)]), row(["---"] * (1 + len(budgets)))]
+    for name, wanted in LADDER.items():
+        cells = []
+        for budget in budgets:
+            some = [p for p in points if p["budget"] == budget and all(p.get(k) == v for k, v in wanted.items())]
+            values = [p["evaluation"].measures[0].value for p in some]
+            spread = f" ({significant(min(values))} to {significant(max(values))})" if values else ""
+            cells.append(f"{significant(sum(values) / len(values))}{spread}" if values else "")
+        lines.append(row([name, *cells]))
+    real = points[0]["evaluation"].measures[0].real
+    return "\n".join([*lines, row(["real images", *[real] * len(budgets)])])
+
+
+def tuned(folder: str) -> str:
+    """What was found for each budget, and how it compared to the best plan of equal iterations in the search."""
+    plans = json.loads((ROOT / folder / "plans.json").read_text())
+    heads = ["budget", "timesteps", "iterations", "scheduler", "reuse", "solver", "by hand", "tuned", "best by hand"]
+    lines = [row(heads), row(["---"] * len(heads))]
+    for plan in plans:
+        found, counts = plan["found"], plan["iterations"]
+        spread = str(counts[0]) if len(set(counts)) == 1 else f"{counts[0]}, {counts[1]}, ... {counts[-1]}"
+        cells = [str(plan["budget"]), str(len(counts)), spread, plan["scheduler"], plan["reuse"], plan["solver"],
+                 significant(found["by_hand"]), significant(found["value"]), found["plan_by_hand"]]  # fmt: skip
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def solvers(path: str, *counts: str) -> str:
+    """The error of x0 that solvers leave, relative to plain iteration, and their time."""
+    result = json.loads((ROOT / path).read_text())
+    errors = {(r["solver"], r["iterations"]): r["error"] for r in result["means"]}
+    lines = [row(["solver", "time", *(f"{n} iterations" for n in counts)]), row(["---"] * (2 + len(counts)))]
+    for name, seconds in result["seconds"].items():
+        ratios = [f"{errors[name, int(n)] / errors['picard', int(n)]:.2f}" for n in counts]
+        lines.append(row([name, f"{seconds:.2f}", *ratios]))
+    return "\n".join([*lines, row(["picard's error", "", *(f"{errors['picard', int(n)]:.1e}" for n in counts)])])
+
+
+def stopping(path: str) -> str:
+    result = json.loads((ROOT / path).read_text())
+    lines = [row(["finished early", "sum of iterations", "seconds"]), row(["---"] * 3)]
+    for r in result["rows"]:
+        low, high = r["quartiles"]
+        seconds = f"{r['ratio of seconds']:.2f} ({low:.2f} to {high:.2f})"
+        lines.append(row([f"{r['finished early']} of {r['of']}", f"{r['ratio of sums']:.2f}", seconds]))
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "metrics": metrics,
+    "models": models,
+    "ladder": ladder,
+    "tuned": tuned,
+    "solvers": solvers,
+    "stopping": stopping,
+}
 
 
 def rendered(text: str) -> str:

@@ -9,12 +9,20 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 
 from fpdm import DiT, FixedPointDiT, FixedPointDiTPipeline
 from fpdm.diffusion import make_schedule
-from fpdm.sampling import image_generators, initial_noise
+from fpdm.fixedpoint import Anderson, Picard
+from fpdm.sampling import REUSE, SCHEDULERS, SOLVERS, TunedPlan, image_generators, initial_noise
 from tests.networks import SIZES, randomised
 
 NAMES = ["cat", "dog", "owl"]
@@ -201,7 +209,7 @@ def test_a_list_of_generators_is_one_per_image(pipe):
     torch.testing.assert_close(alone[0], both[1], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("scheduler", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_image_i_of_a_seed_is_the_same_in_every_batch(pipe, scheduler):
     batch = pixels(pipe, [0, 1, 2, 0], seed=9, scheduler=scheduler)
     some = pixels(pipe, [0, 2], seed=9, image_indices=[3, 2], scheduler=scheduler)
@@ -283,6 +291,9 @@ def test_latents_are_decoded():
         pytest.param(
             DPMSolverMultistepScheduler, "dpm++",
         ),
+        (UniPCMultistepScheduler, "unipc"),
+        (EulerDiscreteScheduler, "euler"),
+        (HeunDiscreteScheduler, "heun"),
     ],
 )  # fmt: skip
 def test_a_scheduler_swapped_the_diffusers_way_is_honoured(kind, name):
@@ -291,6 +302,141 @@ def test_a_scheduler_swapped_the_diffusers_way_is_honoured(kind, name):
     pipe.scheduler = kind.from_config(pipe.scheduler.config)
     assert torch.equal(pixels(pipe, [0], seed=0), by_name)
     assert not torch.allclose(by_name, own, atol=1e-2)
+
+
+# Reuse, solvers, tolerance, guidance
+
+
+def test_reuse_by_name_or_as_a_boolean(pipe):
+    kinds = {kind: pixels(pipe, [0, 1], budget=24, seed=0, reuse=kind) for kind in REUSE}
+    assert torch.equal(pixels(pipe, [0, 1], budget=24, seed=0), kinds["plain"])
+    assert torch.equal(pixels(pipe, [0, 1], budget=24, seed=0, reuse=True), kinds["plain"])
+    assert torch.equal(pixels(pipe, [0, 1], budget=24, seed=0, reuse=False), kinds["none"])
+    assert all(not torch.allclose(kinds["plain"], kinds[kind], atol=1e-3) for kind in ("none", "linear", "quadratic"))
+
+
+def test_solvers_by_name_with_a_parameter_or_as_they_are(pipe):
+    by_name = {name: pixels(pipe, [0, 1], iterations=4, seed=0, solver=name) for name in SOLVERS}
+    assert torch.equal(pixels(pipe, [0, 1], iterations=4, seed=0), by_name["picard"])
+    assert torch.equal(pixels(pipe, [0, 1], iterations=4, seed=0, solver=Anderson()), by_name["anderson"])
+    assert torch.equal(
+        pixels(pipe, [0, 1], iterations=4, seed=0, solver="picard:0.7"),
+        pixels(pipe, [0, 1], iterations=4, seed=0, solver=Picard(0.7)),
+    )
+    assert not torch.allclose(by_name["picard"], by_name["anderson"], atol=1e-3)
+
+
+def test_a_tolerance_makes_the_budget_a_limit(pipe):
+    report = pipe([0, 1], budget=40, tolerance=1e9).report
+    assert report.spent == report.most == 3 * len(report.timesteps) < report.planned == 40
+    assert report.status == [{"converged": 2}] * len(report.timesteps)
+
+
+def test_guidance_by_keyword_arguments(pipe):
+    choices = {"iterations": [2, 2, 2, 2], "guidance_scale": 3.0}  # at 999, 749, 499, 249
+    everywhere = pipe([0, 1], seed=0, **choices).report
+    assert everywhere.total_passes == 2 * everywhere.spent == 32
+    assert pipe([0, 1], **choices, guidance_interval=(400, 800)).report.total_passes == 16 + 2 * 4
+    assert pipe([0, 1], **choices, guidance_share=0.5).report.total_passes == 16 + 4 * 3
+    one = pixels(pipe, [0, 1], budget=None, seed=0, **choices, guidance_channels=1)
+    assert torch.equal(one, pixels(pipe, [0, 1], budget=None, seed=0, **choices))  # it has one channel
+
+
+def test_heun_takes_an_odd_number_of_steps_of_a_budget(pipe):
+    report = pipe([0], budget=16, scheduler="heun").report
+    assert len(report.timesteps) == 3  # four of two iterations would be
+    assert report.spent == 16
+
+
+def test_an_image_that_is_lost_is_told_of_and_the_others_are_drawn(caplog, monkeypatch):
+    pipe = make_pipeline()
+    noise = initial_noise(pipe.transformer, image_generators(9, [0, 1]))
+    clean = pixels(pipe, [0, 1], seed=9, latents=noise)
+    noise[1] = torch.inf
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("fpdm"), "propagate", True)
+    output = pipe([0, 1], budget=12, seed=9, latents=noise, output_type="latent")
+    assert output.report.diverged == 1
+    assert torch.equal(output.images[0], clean[0])
+    assert output.images[1].isfinite().all()
+    assert "1 of 2 images diverged" in caplog.text
+    assert all(image.size == (8, 8) for image in pipe([0, 1], budget=12, seed=9, latents=noise).images)
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_samples_are_decoded_as_a_call_does(pipe, output_type):
+    latents = pixels(pipe, [0, 1], seed=0)
+    decoded, called = pipe.decode(latents, output_type), pipe([0, 1], budget=12, seed=0, output_type=output_type).images
+    assert np.array_equal(np.stack([np.asarray(a) for a in decoded]), np.stack([np.asarray(b) for b in called]))
+
+
+# Tuned plans
+
+
+PLANS = (
+    TunedPlan(12, (1, 2, 3), "heun", "linear", "anderson", {"data": "digits"}),
+    TunedPlan(48, (2,) * 12, "unipc", "quadratic", "picard:0.9", {"data": "digits"}),
+)
+
+
+def test_tuned_plans_are_saved_and_opened_with_the_pipeline(tmp_path):
+    pipe = make_pipeline()
+    pipe.save_pretrained(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "plans.json").exists()
+    assert FixedPointDiTPipeline.from_pretrained(tmp_path / "plain").tuned_plans == ()
+    pipe.tuned_plans = PLANS
+    pipe.save_pretrained(tmp_path / "tuned")
+    again = FixedPointDiTPipeline.from_pretrained(tmp_path / "tuned")
+    assert again.tuned_plans == PLANS
+    assert make_pipeline().tuned_plans == ()  # not of the class
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(pixels(again, [0], seed=0, **again.tuned(12)), pixels(pipe, [0], seed=0, **pipe.tuned(12)))
+
+
+def test_a_pipeline_saved_over_another_does_not_take_its_plans_over(tmp_path):
+    tuned = make_pipeline()
+    tuned.tuned_plans = PLANS
+    tuned.save_pretrained(tmp_path)
+    make_pipeline(num_core=2).save_pretrained(tmp_path)
+    assert FixedPointDiTPipeline.from_pretrained(tmp_path).tuned_plans == ()
+
+
+def test_a_damaged_file_of_plans_is_refused_by_name(tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    (tmp_path / "plans.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"plans\.json"):
+        FixedPointDiTPipeline.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("budget", [8, 12, 13, 24, 25, 48, 49, 100, 333])
+def test_a_call_with_the_tuned_plan_spends_the_budget(budget):
+    pipe = make_pipeline()
+    pipe.tuned_plans = PLANS
+    report = pipe([0, 1], **pipe.tuned(budget)).report
+    assert report.spent == report.planned == budget
+    if budget in (12, 48):
+        plan = PLANS[budget == 48]
+        assert tuple(report.iterations) == plan.iterations
+    assert (len(report.timesteps) % 2 == 1) or budget > 24  # heun's
+
+
+def test_a_tuned_plan_of_many_iterations_serves_a_budget_below_one_of_its_timesteps():
+    pipe = make_pipeline()
+    pipe.tuned_plans = (TunedPlan(24, (10, 10), "ddim", "plain", "picard", {}),)
+    assert pipe.plan(budget=8).planned == 8  # it can be
+    assert pipe([0], **pipe.tuned(8)).report.spent == 8
+
+
+def test_a_tuned_plan_of_an_explicit_network_spends_what_fits():
+    pipe = make_pipeline(DiT, depth=3)
+    pipe.tuned_plans = (TunedPlan(9, (None,) * 3, "heun", "plain", "picard", {}),)
+    for budget, spent in ((9, 9), (8, 3), (20, 15), (21, 21)):  # an odd number of timesteps of three blocks
+        assert pipe([0], **pipe.tuned(budget)).report.spent == spent
+
+
+def test_a_model_that_was_not_tuned_says_how_to(pipe):
+    with pytest.raises(ValueError, match="fpdm tune"):
+        pipe.tuned(80)
 
 
 # Asked wrongly
@@ -317,8 +463,27 @@ def test_a_scheduler_swapped_the_diffusers_way_is_honoured(kind, name):
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
         ({"seed": 1, "image_indices": [1, 2]}, "2 image_indices for 1 images"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+        ({"allocation": "liner:1"}, "Did you mean 'linear"),
+        ({"allocation": "linear:2"}, "between -2 and 2"),
+        ({"reuse": "linaer"}, "Did you mean 'linear'"),
+        ({"solver": "andersen"}, "Did you mean 'anderson'"),
+        ({"solver": "anderson:x"}, "'x' is not a number"),
+        ({"solver": "anderson:0"}, "at least 1"),
+        ({"solver": "picard:0"}, r"in \(0, 1\]"),
+        ({"tolerance": 0.0}, "tolerance is 0"),
+        ({"tolerance": float("nan")}, "tolerance is nan"),
+        ({"guidance_scale": 2.0}, "no class_labels are given"),
+        ({"class_labels": 0, "guidance_scale": float("inf")}, "guidance_scale is inf"),
+        ({"guidance_interval": (5, 4)}, "the lower one first"),
+        ({"guidance_channels": 0}, "at least 1"),
+        ({"guidance_channels": 2}, "there are 1 channels"),
+        ({"guidance_share": 0.0}, r"in \(0, 1\]"),
+        ({"scheduler": "heun", "num_inference_steps": 4}, "take 3 or 5"),
+        ({"scheduler": "heun", "iterations": [2, 2]}, "take 1 or 3"),
+        pytest.param({"guidance_interval": (1, 2, 3)}, "guidance_interval"),
+        pytest.param({"guidance_interval": ()}, "guidance_interval"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_done_is_refused_before_the_network_is_called(pipe, choices, text):
     calls = []
     hook = pipe.transformer.register_forward_pre_hook(lambda *_: calls.append(1))

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Anderson": "fpdm.fixedpoint",
+    "Broyden": "fpdm.fixedpoint",
     "DiT": "fpdm.models",
     "FixedIterations": "fpdm.fixedpoint",
     "FixedPointDiT": "fpdm.models",
@@ -28,6 +30,8 @@ __all__ = list(_HOMES)
 
 if TYPE_CHECKING:
     from fpdm.fixedpoint import (
+        Anderson,
+        Broyden,
         FixedIterations,
         JacobianFree,
         MultiStepJacobianFree,

@@ -1,8 +1,8 @@
 """Many images of one request into one folder: numbered PNGs, a grid, request.json, report.json. What is there already
 is not drawn again, so an interruption costs one batch."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from fpdm.data import write_npz
 from fpdm.devices import pick_device
 from fpdm.files import hold, read_json, write_aside, write_json
 from fpdm.imaging import grid
-from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.sampling import Plan, Report
+from fpdm.pipeline import EVERYWHERE, FixedPointDiTPipeline
+from fpdm.sampling import Guidance, Plan, Purse, Report, check_reuse, solver_of
 from fpdm.weights import digest
 
 GRID_IMAGES = 100
@@ -30,15 +30,27 @@ class Choices:
 
     budget: int | None = None
     num_inference_steps: int | None = None
-    iterations: int | list[int] | None = None
+    iterations: int | Sequence[int] | None = None
     allocation: str = "constant"
-    reuse: bool = True
+    reuse: str = "plain"
+    solver: str = "picard"
+    tolerance: float | None = None
+    pooled: bool = False
     scheduler: str | None = None
     guidance_scale: float = 1.0
+    guidance_interval: Sequence[float] | None = None
+    guidance_channels: int | None = None
+    guidance_share: float = 1.0
     seed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    @property
+    def guidance(self) -> Guidance:
+        """Raises ValueError for values that cannot be."""
+        interval = EVERYWHERE if self.guidance_interval is None else tuple(self.guidance_interval)
+        return Guidance(self.guidance_scale, interval, self.guidance_channels, self.guidance_share)  # type: ignore[arg-type]
 
     def plan(self, pipe: FixedPointDiTPipeline) -> Plan:
         """Raises ValueError if the choices contradict each other, or the pipeline has no such thing."""
@@ -47,6 +59,7 @@ class Choices:
             num_steps=self.num_inference_steps,
             iterations=self.iterations,
             allocation=self.allocation,
+            scheduler=self.scheduler,
         )
 
 
@@ -98,7 +111,8 @@ def draw_missing(
     classes = None if numbers is None else numbers.tolist()
     labels = cycled(classes, count)
     plan = choices.plan(pipe)
-    pipe.check_inputs(plan, pipe.labels(labels, None), choices.scheduler, choices.guidance_scale)
+    pipe.check_inputs(plan, pipe.labels(labels, None), choices.scheduler, choices.guidance)
+    solver_of(choices.solver), check_reuse(choices.reuse), Purse(count, choices.tolerance, choices.pooled)
     request = {
         "model": digest(pipe.transformer),
         "classes": classes,
@@ -127,17 +141,22 @@ def _draw(
     """Draw what is missing of the request that `out` holds."""
     drawn, report = _drawn(out)
     missing = [i for i in range(count) if i not in drawn or not image_file(out, i).is_file()]
-    for start in range(0, len(missing), batch_size):
-        indices = missing[start : start + batch_size]
-        left = f"images {len(missing) - start} to go"
-        pipe.set_progress_bar_config(desc=left, unit="step", leave=False, disable=on_batch is not None)
+    lost = [i for i in missing if i in drawn]  # their files: they are in the report already, and drawn by themselves
+    new = [i for i in missing if i not in drawn]
+    batches = [part[i : i + batch_size] for part in (new, lost) for i in range(0, len(part), batch_size)]
+    left = len(missing)
+    for indices in batches:
+        pipe.set_progress_bar_config(
+            desc=f"images {left} to go", unit="step", leave=False, disable=on_batch is not None
+        )
         batch = None if labels is None else [labels[i] for i in indices]
         result = pipe(batch, len(indices), image_indices=indices, **choices.to_dict())
         for i, image in zip(indices, result.images, strict=True):
             write_aside(image_file(out, i), partial(image.save, format="PNG"))
-        if new := set(indices) - drawn:  # an image drawn again, because its file was lost, counts once
-            part = replace(result.report, images=len(new))
-            report, drawn = part if report is None else report.merged(part), drawn | new
+        left -= len(indices)
+        if not drawn.issuperset(indices):
+            report = result.report if report is None else report.merged(result.report)
+            drawn |= set(indices)
             kept = {"request": read_json(out / "request.json"), "images": sorted(drawn), "report": report.to_dict()}
             write_json(out / "report.json", kept)
         if on_batch is not None:
@@ -178,9 +197,12 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
     """Make `out` the folder of this request, or find that it is already."""
     path = out / "request.json"
     if path.is_file():
-        old = read_json(path)
+        old, known = read_json(path), Choices().to_dict()  # a request of an older version lacks what is new
+        old["reuse"] = check_reuse(old.get("reuse", known["reuse"]))  # and says yes or no
         changed = [
-            f"{key} was {old.get(key)!r}, is {value!r}" for key, value in request.items() if old.get(key) != value
+            f"{key} was {old.get(key, known.get(key))!r}, is {value!r}"
+            for key, value in request.items()
+            if old.get(key, known.get(key)) != value
         ]
         if changed:
             raise ValueError(f"{out} holds images of another request: {'; '.join(changed)}. Choose another --out")

@@ -15,16 +15,35 @@ from diffusers.utils import BaseOutput, logging
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from fpdm.fixedpoint import Status
+from fpdm.fixedpoint import Solver, Status
 
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
 from fpdm.models.dit import DiT
 from fpdm.models.fixed_point_dit import FixedPointDiT
 from fpdm.names import unknown
-from fpdm.sampling import Plan, Report, Stepper, cost_of, image_generators, initial_noise, make_plan, sample
+from fpdm.sampling import (
+    Guidance,
+    Plan,
+    Purse,
+    Report,
+    Stepper,
+    TunedPlan,
+    check_reuse,
+    cost_of,
+    image_generators,
+    initial_noise,
+    load_plans,
+    make_plan,
+    name_of,
+    nearest_plan,
+    sample,
+    save_plans,
+    solver_of,
+)
 
 logger = logging.get_logger(__name__)
 
+NO_GUIDANCE, EVERYWHERE = Guidance(), (0.0, math.inf)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -41,11 +60,12 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     """Draws images from a `FixedPointDiT`, or from an explicit `DiT` by the same code.
 
     transformer  the network
-    scheduler    a DDPMScheduler, DDIMScheduler or DPMSolverMultistepScheduler: a template that is never stepped
+    scheduler    a diffusers scheduler of one of the kinds in `fpdm.sampling.SCHEDULERS`: a template, never stepped
     vae          an AutoencoderKL if the network works in its latents, else None
     class_names  one per class, so that classes can be asked for by name
     """
 
+    tuned_plans: tuple[TunedPlan, ...] = ()
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
@@ -80,7 +100,24 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                 allow_patterns=["*.json", "*.safetensors"],
                 **{name: kwargs.pop(name) for name in options if name in kwargs},
             )
-        return super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
+        pipe = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
+        pipe.tuned_plans = load_plans(Path(path))
+        return pipe
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """diffusers' `save_pretrained`, and the tuned plans."""
+        super().save_pretrained(save_directory, **kwargs)
+        save_plans(Path(save_directory), self.tuned_plans)
+
+    def tuned(self, budget: int) -> dict[str, Any]:
+        """Keyword arguments of a call with the tuned plan nearest to a budget: `pipe(labels, **pipe.tuned(80))`.
+
+        Raises ValueError for a model that was not tuned.
+        """
+        plan = nearest_plan(self.tuned_plans, budget)
+        if plan is None:
+            raise ValueError("this model has no tuned plans: make them with `fpdm tune`, or give a plan")
+        return plan.choices(budget, cost_of(self.transformer))
 
     @property
     def class_names(self) -> list[str]:
@@ -92,27 +129,29 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         plan: Plan,
         labels: Tensor | None,
         scheduler: str | None = None,
-        guidance_scale: float = 1.0,
+        guidance: Guidance = NO_GUIDANCE,
         output_type: str = "pil",
         tensor_inputs: Sequence[str] = (),
     ) -> None:
-        """Raises ValueError for what a call would refuse; `plan` and `labels` check the rest."""
+        """Raises ValueError for what a call would refuse; `plan`, `labels` and `Guidance` check the rest."""
         config = self.transformer.config
         if output_type not in OUTPUT_TYPES:
             raise ValueError(unknown("output_type", output_type, OUTPUT_TYPES))
         if extra := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callbacks can be handed {self._callback_tensor_inputs}, not {sorted(extra)}")
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale is {guidance_scale}; it must be finite, 1 for none")
-        if guidance_scale != 1.0 and labels is None:
+        if guidance.scale != 1.0 and labels is None:
             why = "this model is unconditional" if config.num_classes == 0 else "no class_labels are given"
             raise ValueError(f"{why}: there is nothing to guide towards. Leave guidance_scale at 1")
+        if (guidance.channels or 0) > config.in_channels:
+            raise ValueError(f"guidance_channels is {guidance.channels}; there are {config.in_channels} channels")
         Stepper(self.scheduler, scheduler, plan.num_steps, config.learned_variance)
 
-    def plan(self, **choices: Any) -> Plan:
-        """The plan that `make_plan` makes of these choices for this network, before anything runs."""
+    def plan(self, *, scheduler: str | None = None, **choices: Any) -> Plan:
+        """The plan that `make_plan` makes of these choices for this network and scheduler, before anything runs."""
         max_steps = self.scheduler.config.num_train_timesteps
-        return make_plan(cost_of(self.transformer), max_steps=max_steps, **choices)
+        heun = name_of(self.scheduler, scheduler) == "heun"
+        calls = 2 * max_steps - 1 if heun else max_steps
+        return make_plan(cost_of(self.transformer), max_steps=calls, odd=heun, **choices)
 
     def labels(self, classes: int | str | Sequence[int | str] | None, num_images: int | None) -> Tensor | None:
         """Class labels (B,) int64 from numbers and names, one class standing for all images; None for no classes.
@@ -144,8 +183,14 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         num_inference_steps: int | None = None,
         iterations: int | Sequence[int] | None = None,
         allocation: str | Sequence[float] = "constant",
-        reuse: bool = True,
+        reuse: str | bool = "plain",
+        solver: str | Solver = "picard",
+        tolerance: float | None = None,
+        pooled: bool = False,
         guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        guidance_channels: int | None = None,
+        guidance_share: float = 1.0,
         scheduler: str | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         seed: int | None = None,
@@ -163,10 +208,18 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         budget               transformer block passes per image; with iterations and timesteps see `make_plan`
         num_inference_steps  timesteps, i.e. calls of the network
         iterations           of the fixed point at every timestep, or a list with one entry per timestep
-        allocation           how iterations are shared out: "constant", "rising", "falling", or a weight per timestep
-        reuse                start each solve from the solution at the timestep before
+        allocation           how iterations are shared out: "constant", "linear:0.5", ..., or a weight per timestep
+        reuse                what a solve starts from: "none" for u, "plain" for the last timestep's solution, "linear"
+                             or "quadratic" for what the last two or three foretell; True is "plain", False "none"
+        solver               "picard", "anderson", "broyden", or a Solver
+        tolerance            relative residual at which an image's solve stops; what it leaves over it may spend at its
+                             later timesteps. None spends exactly what is planned
+        pooled               whether what is left over is shared out over the batch; images then depend on their batch
         guidance_scale       1 for none; above it, the network is evaluated twice (not counted in the budget)
-        scheduler            "ddpm", "ddim" or "dpm++"; None uses the pipeline's own
+        guidance_interval    the training timesteps (low, high) at which to guide; None for all
+        guidance_channels    how many channels to guide; None for all. Published results of DiT guide 3 of 4
+        guidance_share       iterations of the unconditional evaluation, as a share of the conditional one's
+        scheduler            one of `fpdm.sampling.SCHEDULERS`; None uses the pipeline's own
         generator            one, which is reduced to a seed, or a list with one per image (CPU ones)
         seed, image_indices  image i of a seed is the same in every batch; indices default to 0, 1, 2, ...
         latents              noise (B, C, H, W) to start from instead
@@ -176,10 +229,20 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
         Raises ValueError for what cannot be done, before anything runs.
         """
-        plan = self.plan(budget=budget, num_steps=num_inference_steps, iterations=iterations, allocation=allocation)
+        plan = self.plan(
+            budget=budget,
+            num_steps=num_inference_steps,
+            iterations=iterations,
+            allocation=allocation,
+            scheduler=scheduler,
+        )
         labels = self.labels(class_labels, num_images)
-        self.check_inputs(plan, labels, scheduler, guidance_scale, output_type, callback_on_step_end_tensor_inputs)
+        interval = EVERYWHERE if guidance_interval is None else tuple(guidance_interval)
+        guidance = Guidance(guidance_scale, interval, guidance_channels, guidance_share)  # type: ignore[arg-type]
+        self.check_inputs(plan, labels, scheduler, guidance, output_type, callback_on_step_end_tensor_inputs)
+        solver, reuse = solver_of(solver), check_reuse(reuse)
         count = (1 if num_images is None else num_images) if labels is None else len(labels)
+        Purse(count, tolerance, pooled)  # which refuses what cannot be
         generators = _generators(generator, seed, image_indices, count)
         noise = self._noise(latents, generators)
 
@@ -203,13 +266,16 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                 labels,
                 generators,
                 scheduler=scheduler,
+                solver=solver,
+                tolerance=tolerance,
+                pooled=pooled,
                 reuse=reuse,
-                guidance_scale=guidance_scale,
+                guidance=guidance,
                 on_step=on_step,
             )
         if report.diverged:
             logger.warning(f"{report.diverged} of {count} images diverged: {Status.DIVERGED.message}")
-        images = self._decode(x.nan_to_num(0, 0, 0) if report.diverged else x, output_type)
+        images = self.decode(x.nan_to_num(0, 0, 0) if report.diverged else x, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, report  # type: ignore[return-value]
@@ -221,8 +287,9 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             raise ValueError(f"latents have shape {tuple(latents.shape)}; these images need {tuple(noise.shape)}")
         return noise if latents is None else latents
 
-    def _decode(self, x: Tensor, output_type: str) -> Any:
-        """Images of the type asked for, through the VAE where there is one."""
+    @torch.no_grad()
+    def decode(self, x: Tensor, output_type: str = "pil") -> Any:
+        """Images of the type asked for from samples (B, C, H, W), through the VAE where there is one."""
         if output_type == "latent":
             return x
         if self.vae is not None:

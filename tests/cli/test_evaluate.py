@@ -353,9 +353,15 @@ def test_a_coloured_model_and_grey_data_are_refused_before_anything_is_drawn(
         (["--steps", "4"], "--steps"),
         (["--iterations", "2"], "--iterations"),
         (["--allocation", "rising"], "--allocation"),
-        (["--no-reuse"], "reuse"),
+        (["--reuse", "none"], "--reuse"),
+        (["--solver", "picard"], "--solver"),
+        (["--tolerance", "0.1"], "--tolerance"),
+        (["--pooled"], "--pooled"),
         (["--scheduler", "ddim"], "--scheduler"),
         (["--guidance-scale", "2"], "--guidance-scale"),
+        (["--guidance-interval", "0,500"], "--guidance-interval"),
+        (["--guidance-channels", "1"], "--guidance-channels"),
+        (["--guidance-share", "0.5"], "--guidance-share"),
     ],
 )
 def test_options_of_drawing_are_refused_where_there_are_samples(folder, capsys, arguments, flag):

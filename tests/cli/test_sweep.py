@@ -133,8 +133,16 @@ def test_a_sweep_says_where_its_report_is(models, tmp_path, capsys):
         (["--num-images", "49"], "--num-images must be at least 50"),
         (["--batch-size", "0"], "--batch-size at least 1"),
         (["--guidance-scale", "inf"], "guidance_scale is inf"),
-        (["--allocation", "rizing", "--iterations", "2"], "unknown allocation 'rizing'. Did you mean 'rising'?"),
-        (["--allocation", "rizing"], "unknown allocation 'rizing'. Did you mean 'rising'?"),
+        (["--allocations", "rizing", "--iterations", "2"], "unknown allocation 'rizing'. Did you mean 'rising'?"),
+        (["--allocations", "rizing"], "unknown allocation 'rizing'. Did you mean 'rising'?"),
+        (["--allocations", "constant,rizing"], "unknown allocation 'rizing'. Did you mean 'rising'?"),
+        (["--allocations", "linear:2"], "must be a number between -2 and 2"),
+        (["--reuse", "plain,linera"], "unknown reuse 'linera'. Did you mean 'linear'?"),
+        (["--reuse", ""], "unknown reuse ''"),
+        (["--solvers", "picard,andersen:2"], "unknown solver 'andersen'. Did you mean 'anderson'?"),
+        (["--solvers", "anderson:two"], "solver 'anderson:two': 'two' is not a number"),
+        (["--seeds", "0,-1"], "--seeds is '0,-1'; it must be whole numbers of at least 0"),
+        (["--seeds", "one"], "--seeds is 'one'"),
         (["--features", "classifer"], "unknown feature extractor 'classifer'. Did you mean 'classifier'?"),
         (["--weights", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--data", "nowhere"], "there is no nowhere"),
@@ -163,13 +171,10 @@ def test_what_cannot_be_is_refused_and_nothing_is_left_behind(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--seed", "1"], "seed was 0, is 1"),
         (["--num-images", "51"], "num_images was 50, is 51"),
         (["--guidance-scale", "2"], "guidance_scale was 1.0, is 2.0"),
-        (["--no-reuse"], "reuse was True, is False"),
         (["--dtype", "bfloat16"], "dtype was 'float32', is 'bfloat16'"),
         (["--features", "classifier"], "features was None, is 'classifier'"),
-        (["--allocation", "rising", "--budgets", "40", "--iterations", "2"], "allocation was 'constant', is 'rising'"),
         (["looped={plain}"], "looped had other weights"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
@@ -216,6 +221,17 @@ def test_budgets_schedulers_and_models_are_added_without_computing_a_point_again
     assert kept.items() <= times_of(out).items()
     assert set(read_strictly(out / "sweep.json")["models"]) == {"looped", "plain", "third"}
     assert all(f'id="{key}"' in (out / "report.html").read_text() for key in points_in(out))
+
+
+def test_seeds_reuse_solvers_and_allocations_are_added_to_a_folder(models, out, capsys):
+    kept = times_of(out)
+    more = ["--budgets", "12", "--seeds", "0,1", "--reuse", "plain,linear", "--solvers", "picard,anderson:2"]
+    assert run(*models.values(), *more, out=out) == 0
+    solves = ("", "-anderson_2", "-linear-reuse", "-linear-reuse-anderson_2")
+    added = {f"looped-12-dpmpp{how}{seed}" for how in solves for seed in ("", "-seed1")} | {"plain-12-dpmpp-seed1"}
+    assert points_in(out).keys() == kept.keys() | added
+    assert kept.items() <= times_of(out).items()
+    assert "2 of 10 points are there" in capsys.readouterr().out
 
 
 def test_a_lost_grid_of_a_point_that_is_not_asked_for_does_not_spoil_the_report(models, out, capsys):
@@ -358,3 +374,20 @@ def test_ctrl_c_ends_all_processes_of_a_sweep_at_once(models, whole, tmp_path):
     assert "Traceback" not in errors
     assert json.loads((out / "points/looped-6-dpmpp.json").read_text())["made_with"]["processes"] == 2
     assert points_in(out).items() <= points_in(whole).items()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_no_process_outlives_the_main_one_of_a_sweep(number, models, tmp_path):
+    """They would draw on into folders that the next sweep uses."""
+    out = tmp_path / "out"
+    with start(*models.values(), "--budgets", "60000", "--processes", "2", out=out) as process:
+        try:
+            wait_for(lambda: len(list(out.glob("drawing/*-60000-*"))) == 2)
+            assert len(still_there(process)) >= 3
+            process.send_signal(number)
+            process.communicate(timeout=10)
+            wait_for(lambda: not still_there(process), seconds=5)
+        finally:
+            if still_there(process):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == -number

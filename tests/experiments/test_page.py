@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,9 +15,11 @@ from PIL import Image
 from fpdm.evaluation import Evaluation, Measure
 from fpdm.evaluation.evaluate import significant
 from fpdm.experiments.page import best_of, write_report
+from fpdm.experiments.sweep import all_points
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 CLOSING = "#_"  # leads nowhere on purpose: an overlay is shown while it is the target
+KEPT = Path(__file__).parents[2] / "benchmarks/results/2026-11-23-digits/points"
 CHROMIUM = shutil.which("chromium")
 
 
@@ -27,15 +30,17 @@ def point(model="looped", budget=12, scheduler="ddim", iterations=None, distance
         Measure("kernel distance", kernel, kernel - 0.1, kernel + 0.1, 0.001, "lower"),
         Measure("recall", 1 / (1 + distance), 0.0, 1.0, 0.98, "higher"),
     ]
-    return {
-        "model": model, "budget": budget, "scheduler": scheduler, "iterations": iterations,
+    row = {
+        "model": model, "budget": budget, "scheduler": scheduler, "iterations": iterations, "allocation": "constant",
+        "reuse": "plain", "solver": "picard", "seed": 0, "tuned": False,
         "plan": f"{budget // 4} timesteps x 2 iterations, {budget} block passes",
         "passes": budget, "operations": 1000 * budget, "parameters": 22320, "seconds": 1e-4 * budget, "diverged": 0,
         "evaluation": evaluation(measures).to_dict(),
-        "request": {"seed": 0, "guidance_scale": 1.0, "reuse": True, "allocation": "constant"},
+        "request": {"seed": 0, "guidance_scale": 1.0, "reuse": "plain", "allocation": "constant"},
         "made_with": {"device": "cpu", "hardware": "a processor"},
         **changes,
     }  # fmt: skip
+    return {"key": key_of(row), **row}
 
 
 def evaluation(measures, **changes):
@@ -55,7 +60,7 @@ def written(rows, out):
     (out / "grids").mkdir(parents=True, exist_ok=True)
     for i, row in enumerate(rows):
         noise = np.random.default_rng(i).integers(0, 256, (32, 64), dtype=np.uint8)
-        Image.fromarray(noise).save(out / "grids" / f"{key_of(row)}.png")
+        Image.fromarray(noise).save(out / "grids" / f"{row['key']}.png")
     return write_report(rows, out)
 
 
@@ -250,7 +255,7 @@ def test_the_page_says_what_was_measured_and_with_what(page):
         assert words in text, words
     assert "Parameters: looped 22,320, plain 22,320" in text
     assert "hardware a processor" in text
-    assert "seed 0, guidance scale 1.0, with reuse, constant allocation" in text
+    assert "guidance scale 1.0" in text
     legend = [page.text(item) for item in page.all("li")]
     assert [item.split()[1] for item in legend] == ["looped", "plain", "ddim", "ddpm", "dpm++"]
 
@@ -290,6 +295,54 @@ def test_an_interval_that_rounding_leaves_beside_its_value_is_drawn(tmp_path):
     above = Measure("FD-classifier", value, np.nextafter(value, 200), np.nextafter(value, 200), 1.5, "lower")
     page = Page(written([point(evaluation=evaluation([above]).to_dict())], tmp_path))
     assert "117" in page.table()[1][6]
+
+
+def test_what_is_not_the_default_is_said_of_every_point(tmp_path):
+    apart = [
+        {"reuse": "linear"}, {"seed": 1}, {"tuned": True}, {"solver": "anderson:2"}, {"allocation": "linear:-1"},
+        {"tuned": True, "reuse": "none", "solver": "broyden", "seed": 3},
+    ]  # fmt: skip
+    said = [
+        "linear reuse", "seed 1", "tuned", "anderson:2", "linear:-1 allocation", "tuned, none reuse, broyden, seed 3",
+    ]  # fmt: skip
+    rows = [point(), *(point(key=f"point-{i}", **changes) for i, changes in enumerate(apart))]
+    page = Page(written(rows, tmp_path))
+    plan = rows[0]["plan"].split(",")[0]
+    assert [line[2] for line in page.table()[1:-1]] == [plan, *(f"{plan}, {words}" for words in said)]
+    overlays = page.overlays()
+    assert f"{rows[0]['plan']};" in page.text(overlays["looped-12-ddim"])
+    for i, words in enumerate(said):
+        assert f"{rows[0]['plan']}, {words};" in page.text(overlays[f"point-{i}"])
+        for plot in page.plots():
+            (link,) = [a for a in page.all("a", plot) if a["attributes"]["href"] == f"#point-{i}"]
+            assert f"{rows[0]['plan']}, {words}: " in page.text(link)
+
+
+@pytest.mark.parametrize(
+    ("passes", "shown"),
+    [
+        pytest.param(12.0, "12"),
+        (11.5, "11.5"),
+    ],
+)  # fmt: skip
+def test_block_passes_are_shown_without_needless_digits(passes, shown, tmp_path):
+    page = Page(written([point(passes=passes)], tmp_path))
+    assert page.table()[1][3] == shown
+
+
+def test_the_kept_points_of_an_older_version_still_make_a_page(tmp_path):
+    shutil.copytree(KEPT, tmp_path / "points")
+    (tmp_path / "grids").mkdir()
+    names = sorted(path.stem for path in KEPT.iterdir())
+    for name in names:
+        Image.new("L", (64, 32)).save(tmp_path / "grids" / f"{name}.png")
+    points = all_points(tmp_path)
+    assert not any("solver" in row for row in points), "or they are none of an older version"
+    page = Page(write_report(points, tmp_path))
+    assert sorted(page.overlays()) == names
+    plans = [line[2] for line in page.table()[1:-1]]
+    assert len(plans) == len(names)
+    assert not any(word in plan for plan in plans for word in ("None", "reuse", "seed", "tuned", "allocation"))
 
 
 def coordinates(path):

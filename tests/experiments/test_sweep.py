@@ -1,6 +1,5 @@
 """A sweep: which points there are, what is kept of each, and that a stopped one goes on to the same end."""
 
-import dataclasses
 import math
 import re
 import shutil
@@ -12,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fpdm.evaluation import Evaluation, Instrument, open_samples
 from fpdm.experiments import sweep
-from fpdm.experiments.sweep import Settings, all_points, labelled, points_of, run_sweep
+from fpdm.experiments.sweep import Axes, Settings, all_points, labelled, points_of, run_sweep
 from fpdm.imaging import grid
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.weights import digest
@@ -43,7 +42,7 @@ def whole(models, settings, tmp_path_factory):
 
 
 def sweep_all(models, settings, out, processes=1):
-    return run_sweep(list(models.values()), BUDGETS, SCHEDULERS, None, settings, out, processes)
+    return run_sweep(list(models.values()), Axes(BUDGETS, SCHEDULERS), settings, out, processes)
 
 
 # Which points there are
@@ -51,8 +50,8 @@ def sweep_all(models, settings, out, processes=1):
 
 def test_points_are_all_models_budgets_schedulers_and_iterations(models, settings):
     schedulers = ["ddim", "dpm++"]
-    points, left_out = points_of(list(models.values()), BUDGETS, schedulers, [1, 2], settings)
-    found = [(point.label, point.budget, point.scheduler, point.iterations) for point in points]
+    points, left_out = points_of(list(models.values()), Axes(BUDGETS, schedulers, [1, 2]), settings)
+    found = [(point.label, point.budget, point.choices.scheduler, point.choices.iterations) for point in points]
     looped = [("looped", b, s, n) for b in BUDGETS for s in schedulers for n in (1, 2)]
     plain = [("plain", b, s, None) for b in BUDGETS for s in schedulers]  # an explicit network has no iterations
     assert sorted(found, key=str) == sorted(looped + plain, key=str)
@@ -63,14 +62,14 @@ def test_points_are_all_models_budgets_schedulers_and_iterations(models, setting
 
 
 def test_without_iterations_there_is_one_plan_of_each_budget(models, settings):
-    points, _ = points_of(list(models.values()), BUDGETS, SCHEDULERS, None, settings)
-    assert {point.iterations for point in points} == {None}
+    points, _ = points_of(list(models.values()), Axes(BUDGETS, SCHEDULERS), settings)
+    assert {point.choices.iterations for point in points} == {None}
     assert len(points) == len(models) * len(BUDGETS) * len(SCHEDULERS)
 
 
 def test_points_that_cannot_be_are_left_out_with_the_reason(models, settings):
-    points, left_out = points_of(list(models.values()), [4, 12], ["ddim"], [2, 8], settings)
-    assert {(point.label, point.budget, point.iterations) for point in points} == {
+    points, left_out = points_of(list(models.values()), Axes([4, 12], ["ddim"], [2, 8]), settings)
+    assert {(point.label, point.budget, point.choices.iterations) for point in points} == {
         ("looped", 4, 2),
         ("looped", 12, 2),
         ("looped", 12, 8),
@@ -84,28 +83,27 @@ def test_points_that_cannot_be_are_left_out_with_the_reason(models, settings):
 
 def test_no_point_at_all_is_refused_with_the_reasons(models, settings, tmp_path):
     with pytest.raises(ValueError, match=r"none of these points can be.*looped-1-ddim.*plain-1-ddim") as error:
-        run_sweep(list(models.values()), [1], ["ddim"], None, settings, tmp_path / "out")
+        run_sweep(list(models.values()), Axes([1], ["ddim"]), settings, tmp_path / "out")
     assert "smallest possible is 5" in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("allocation", ["rising", "falling"])
-@pytest.mark.parametrize("iterations", [None, [2]])
+@pytest.mark.parametrize("allocation", ["rising", "falling", "linear:0.5", "cosine:-1"])
+@pytest.mark.parametrize("iterations", [None, 2])
 def test_an_allocation_holds_for_every_point_that_has_iterations(iterations, allocation, models, settings):
-    shared = dataclasses.replace(settings, allocation=allocation)
-    points, _ = points_of([models["looped"]], [40], ["ddim"], iterations, shared)
+    points, _ = points_of([models["looped"]], Axes([40], ["ddim"], [iterations], [allocation]), settings)
     pipe = FixedPointDiTPipeline.from_pretrained(models["looped"])
-    (planned,) = [point.choices(shared).plan(pipe) for point in points]
-    assert planned == pipe.plan(budget=40, iterations=iterations and iterations[0], allocation=allocation)
+    (planned,) = [point.choices.plan(pipe) for point in points]
+    assert planned == pipe.plan(budget=40, iterations=iterations, allocation=allocation)
 
 
 def test_operations_are_what_pytorch_counts_as_an_image_is_drawn(models, settings):
-    points, _ = points_of(list(models.values()), [13], ["ddim"], [1, 3], settings)
+    points, _ = points_of(list(models.values()), Axes([13], ["ddim"], [1, 3]), settings)
     for point in points:
         pipe = FixedPointDiTPipeline.from_pretrained(point.folder)
         pipe.set_progress_bar_config(disable=True)
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            pipe([0], budget=13, scheduler="ddim", iterations=point.iterations, seed=0)
+            pipe([0], budget=13, scheduler="ddim", iterations=point.choices.iterations, seed=0)
         assert point.operations == counter.get_total_flops(), point.key
 
 
@@ -164,7 +162,9 @@ def test_a_point_tells_what_was_spent_and_under_which_request(whole, models):
         assert point["request"] == {
             "model": digest(pipe.transformer), "classes": list(range(10)), "class_names": DIGITS,
             "budget": point["budget"], "num_inference_steps": None, "iterations": None, "allocation": "constant",
-            "reuse": True, "scheduler": point["scheduler"], "guidance_scale": 1.0, "seed": 0,
+            "reuse": "plain", "solver": "picard", "tolerance": None, "pooled": False,
+            "scheduler": point["scheduler"], "guidance_scale": 1.0, "guidance_interval": None,
+            "guidance_channels": None, "guidance_share": 1.0, "seed": 0,
         }  # fmt: skip
         assert point["made_with"]["batch_size"] == 20
         assert point["made_with"]["processes"] == point["made_with"]["threads"] == 1
@@ -211,15 +211,15 @@ def test_every_number_of_a_point_has_an_interval_and_a_floor(whole):
 
 def test_a_model_that_diverges_is_measured_all_the_same(settings, tmp_path):
     wild = save_pipeline(tmp_path / "wild", factor=1e20)
-    (point,) = run_sweep([wild], [6], ["ddim"], None, settings, tmp_path / "out")
-    assert read_strictly(tmp_path / "out/points/wild-6-ddim.json") == point
+    (point,) = run_sweep([wild], Axes([6], ["ddim"]), settings, tmp_path / "out")
+    assert {**read_strictly(tmp_path / "out/points/wild-6-ddim.json"), "key": "wild-6-ddim"} == point
     assert point["diverged"] == IMAGES
     assert Evaluation.from_dict(point["evaluation"])["coverage"].value <= 0.05
 
 
 def test_a_model_without_classes_is_swept_beside_others(models, settings, tmp_path):
     free = save_pipeline(tmp_path / "free", num_classes=0)
-    points = run_sweep([free, models["looped"]], [6], ["ddim"], None, settings, tmp_path / "out")
+    points = run_sweep([free, models["looped"]], Axes([6], ["ddim"]), settings, tmp_path / "out")
     assert [(point["model"], point["request"]["classes"]) for point in points] == [
         ("free", None),
         ("looped", list(range(10))),
@@ -294,8 +294,8 @@ def test_a_sweep_stopped_as_its_folder_is_made_goes_on(models, settings, tmp_pat
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "write_json", stopped)
         with pytest.raises(KeyboardInterrupt):
-            run_sweep([models["plain"]], [6], ["ddim"], None, settings, out)
-    assert len(run_sweep([models["plain"]], [6], ["ddim"], None, settings, out)) == 1
+            run_sweep([models["plain"]], Axes([6], ["ddim"]), settings, out)
+    assert len(run_sweep([models["plain"]], Axes([6], ["ddim"]), settings, out)) == 1
 
 
 def test_what_was_lost_or_torn_is_computed_again_and_nothing_else(drawn, whole, models, settings, tmp_path):
@@ -333,7 +333,7 @@ def test_weights_that_change_while_a_sweep_runs_are_not_taken_for_the_old_ones(m
 
     monkeypatch.setattr(sweep, "computed", trained_on)
     with pytest.raises(ValueError, match="model"):
-        run_sweep([str(model)], [6], ["ddim"], None, settings, out)
+        run_sweep([str(model)], Axes([6], ["ddim"]), settings, out)
     assert read_strictly(out / "sweep.json")["models"] == {"model": before}
     assert not any((out / "points").iterdir())
 
@@ -342,5 +342,5 @@ def test_a_model_trained_on_between_two_sweeps_of_one_process_is_drawn_as_it_is_
     model = tmp_path / "model"
     for factor in (1.0, 0.5):
         save_pipeline(model, factor=factor)
-        (point,) = run_sweep([str(model)], [6], ["ddim"], None, settings, tmp_path / f"out-{factor}")
+        (point,) = run_sweep([str(model)], Axes([6], ["ddim"]), settings, tmp_path / f"out-{factor}")
         assert point["request"]["model"] == digest(FixedPointDiTPipeline.from_pretrained(model).transformer)

@@ -8,51 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fpdm.fixedpoint import FixedIterations, Picard, Solution, Status, Tolerance, relative_residual, solve
-
-
-def spectral(radius, size=4):
-    """A random matrix, not symmetric, of this spectral radius."""
-    matrix = torch.randn(size, size, generator=torch.Generator().manual_seed(size))
-    return matrix * (radius / torch.linalg.eigvals(matrix).abs().max())
-
-
-def linear(radius):
-    matrix, b = spectral(radius), torch.arange(4.0)
-    return lambda z, _: z @ matrix.T + b, torch.linalg.solve(torch.eye(4) - matrix, b)
-
-
-def cosine():
-    return lambda z, _: z.cos(), torch.full((4,), 0.7390851332151607)
-
-
-def tanh_layer():
-    matrix, solution = spectral(0.8), torch.tensor([0.5, -0.3, 0.1, -0.7])
-    b = solution.atanh() - matrix @ solution
-    return lambda z, _: (z @ matrix.T + b).tanh(), solution
-
-
-def overshooting():
-    return lambda z, _: -1.5 * z + 1, torch.full((4,), 0.4)
-
-
-def halving(z, context=None):
-    """Solution 2. From 0 the iterates are 1, 3/2, 7/4; from 4 they are 3, 5/2, 9/4."""
-    return z / 2 + 1
-
-
-def sloped(z, slope):
-    return slope * z + 1
-
-
-class Counted:
-    """A function that counts its evaluations."""
-
-    def __init__(self, f):
-        self.f, self.calls = f, 0
-
-    def __call__(self, z, context):
-        self.calls += 1
-        return self.f(z, context)
+from tests.fixedpoint.problems import Counted, cosine, halving, linear, overshooting, sloped, tanh_layer
 
 
 @pytest.mark.parametrize("damping", [1.0, 0.7, 0.3])

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from fpdm.sampling import ALLOCATIONS, DEFAULT_BUDGET, Cost, apportion, make_plan
@@ -59,6 +59,116 @@ def test_rising_and_falling_are_mirror_images(num_steps, spare):
 def test_constant_counts_differ_by_at_most_one(cost, num_steps, spare):
     plan = make_plan(cost, budget=num_steps * cost.passes(1) + spare, num_steps=num_steps)
     assert max(plan.iterations) - min(plan.iterations) <= 1
+
+
+slopes = st.fractions(-2, 2, max_denominator=50).filter(lambda slope: abs(slope) < 2)
+shapes = st.sampled_from(["linear", "cosine"])
+
+
+@given(costs, steps, spare, shapes, slopes)
+def test_a_ramp_of_any_slope_spends_the_budget_and_never_turns(cost, num_steps, spare, shape, slope):
+    budget = num_steps * cost.passes(1) + spare
+    plan = make_plan(cost, budget=budget, num_steps=num_steps, allocation=f"{shape}:{float(slope)}")
+    assert 0 <= budget - plan.planned < cost.per_iteration
+    assert plan.planned == sum(cost.passes(n) for n in plan.iterations)
+    assert min(plan.iterations) >= 1
+    if slope:  # in sampling order: a positive slope gives the most to the last timesteps, which make the details
+        assert list(plan.iterations) == sorted(plan.iterations, reverse=slope < 0)
+    else:
+        assert plan.iterations == make_plan(cost, budget=budget, num_steps=num_steps).iterations
+
+
+def ramps(num_steps, spare, shape, slope):
+    choices = {"budget": num_steps * FPDM_XL.passes(1) + spare, "num_steps": num_steps}
+    return [make_plan(FPDM_XL, allocation=f"{shape}:{s}", **choices).iterations for s in (slope, -slope)]
+
+
+@given(steps, spare, slopes)
+def test_a_falling_line_mirrors_the_rising_one_of_the_same_slope(num_steps, spare, slope):
+    assume(slope != 0)  # what is left over of equal shares is spread, not mirrored
+    rising, falling = ramps(num_steps, spare, "linear", slope)
+    assert rising == falling[::-1]
+
+
+@given(steps, spare, slopes)
+def test_a_falling_cosine_mirrors_the_rising_one_to_within_one_iteration(num_steps, spare, slope):
+    assume(slope != 0)
+    rising, falling = ramps(num_steps, spare, "cosine", slope)
+    assert all(abs(a - b) <= 1 for a, b in zip(rising, falling[::-1], strict=True))
+
+
+def test_a_falling_cosine_mirrors_the_rising_one():
+    rising, falling = ramps(3, 42, "cosine", 1)  # weights 1/2, 1, 3/2 of 45: quotas 7.5, 15, 22.5
+    assert rising == falling[::-1]
+
+
+def test_ramps_by_hand():
+    def shared(allocation, total, num_steps=5):
+        return make_plan(FPDM_XL, budget=2 * num_steps + total, num_steps=num_steps, allocation=allocation).iterations
+
+    assert shared("linear:1", 60) == shared("rising", 60) == shared("linear", 60) == (6, 9, 12, 15, 18)
+    assert shared("linear:-1", 60) == shared("falling", 60) == (18, 15, 12, 9, 6)
+    assert shared("linear:0.5", 40) == (6, 7, 8, 9, 10)
+    assert shared("linear:1/2", 40) == shared("linear:0.5", 40)
+    # (1 - cos(pi i / 4)) / 2 = 0, 0.146, 0.5, 0.854, 1: flat at both ends
+    assert shared("cosine:1", 1000) == shared("cosine", 1000) == (100, 129, 200, 271, 300)
+    assert shared("cosine:-1", 1000) == (300, 271, 200, 129, 100)
+    assert shared("linear:1.9", 7, 1) == shared("cosine:-1.9", 7, 1) == (7,)
+    assert shared("linear:0", 17) == shared("cosine:0", 17) == shared("constant", 17)
+
+
+@pytest.mark.parametrize(
+    ("allocation", "text"),
+    [
+        ("linear:2", "between -2 and 2"),
+        ("linear:-2", "between -2 and 2"),
+        ("cosine:2.0001", "between -2 and 2"),
+        ("linear:", "between -2 and 2"),
+        ("linear:steep", "between -2 and 2"),
+        ("linear:nan", "between -2 and 2"),
+        ("cosine:inf", "between -2 and 2"),
+        ("linear:1:1", "between -2 and 2"),
+        ("liner:1", "Did you mean 'linear"),
+        ("rising:1", "unknown allocation 'rising:1'"),
+        ("constant:1", "unknown allocation 'constant:1'"),
+        ("", "unknown allocation ''"),
+        pytest.param("linear:1/0", "between -2 and 2"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("choices", [{"budget": 30, "num_steps": 3}, {"num_steps": 1}])
+def test_a_ramp_that_cannot_be_is_refused_by_name(allocation, text, choices):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        make_plan(FPDM_XL, allocation=allocation, **choices)
+
+
+@given(costs, st.integers(0, 3000), st.one_of(st.none(), st.integers(1, 30)))
+def test_heun_finds_an_odd_number_of_timesteps_for_a_budget(cost, spare, iterations):
+    budget = cost.passes(iterations or 1) + spare
+    plan = make_plan(cost, budget=budget, iterations=iterations, odd=True)
+    free = make_plan(cost, budget=budget, iterations=iterations)
+    assert plan.num_steps == free.num_steps - (free.num_steps % 2 == 0)
+    assert 0 <= budget - plan.planned < cost.per_iteration  # the timestep left out is spent on the others
+
+
+@given(st.integers(1, 40), st.integers(1, 3000), st.integers(1, 200))
+def test_heun_on_an_explicit_network_has_an_odd_number_of_timesteps(depth, budget, max_steps):
+    cost, choices = Cost(depth, 0), {"max_steps": 2 * max_steps - 1, "odd": True}
+    assume(budget >= depth)
+    plan = make_plan(cost, budget=budget, **choices)
+    assert plan.num_steps % 2 == 1
+    assert plan.planned <= budget
+    fits = min(budget // depth, 2 * max_steps - 1)
+    assert plan.num_steps in (fits, fits - 1)
+    # The same number named beside the budget is no contradiction, two fewer would be.
+    assert make_plan(cost, budget=budget, num_steps=plan.num_steps, **choices) == plan
+    if plan.num_steps > 2:
+        with pytest.raises(ValueError, match="leave one out"):
+            make_plan(cost, budget=budget, num_steps=plan.num_steps - 2, **choices)
+
+
+def test_heun_on_an_explicit_network_refuses_a_budget_below_one_timestep():
+    with pytest.raises(ValueError, match="smallest possible is 28"):
+        make_plan(DIT_XL, budget=27, odd=True)
 
 
 def test_rising_weights_go_from_a_half_to_one_and_a_half():
@@ -184,6 +294,8 @@ def test_an_explicit_network_has_budget_over_depth_timesteps(depth, budget):
         ({"iterations": 2}, "no iterations"),
         ({"iterations": [2, 2]}, "no iterations"),
         ({"budget": 100, "num_steps": 4}, "smallest possible is 112"),
+        ({"budget": 112, "allocation": "linear:0.5"}, "leaves nothing to share out"),
+        ({"budget": 112, "allocation": "linear:3"}, "between -2 and 2"),
         ({"num_steps": 1001}, "room for 1 to 1000"),
     ],
 )

@@ -15,6 +15,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 
 from fpdm.diffusion import make_schedule, target
@@ -65,11 +68,19 @@ def test_trailing_timesteps_at_every_number_of_steps():
         assert timesteps == (np.round(1000 - np.arange(n) * 1000 / n) - 1).astype(int).tolist()
 
 
-@pytest.mark.parametrize("n", [1, 7, 48])
+@pytest.mark.parametrize("n", [1, 7, 49, 999])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers_step_through_the_same_timesteps(name, n):
     stepper = Stepper(schedule(), name, n, learned_variance=False)
-    assert stepper.scheduler.timesteps.tolist() == stepper.timesteps == trailing_timesteps(1000, n)
+    distinct = list(dict.fromkeys(stepper.timesteps))
+    assert stepper.scheduler.timesteps.tolist() == stepper.timesteps
+    assert len(stepper.timesteps) == n
+    assert distinct == trailing_timesteps(1000, (n + 1) // 2 if name == "heun" else n)
+
+
+def test_heun_calls_the_network_twice_at_every_timestep_but_the_first():
+    # The second call of a step is at the timestep it goes to; the last step goes to a clean image, and has none.
+    assert Stepper(schedule(), "heun", 7, learned_variance=False).timesteps == [999, 749, 749, 499, 499, 249, 249]
 
 
 # Against diffusers
@@ -117,12 +128,154 @@ def test_dpm_is_of_second_order_at_any_number_of_steps(kind, zero_terminal_snr, 
     assert flow_error("dpm++", kind, n, zero_terminal_snr) < 30 / n**2 + 1.5e-4
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "heun"])
 def test_at_zero_terminal_snr_v_is_minus_x0(name):
     # diffusers' DPM-Solver has 2**-24 in its table there, which would let 1/4096 of the noise through.
     v, noise = torch.randn(2, 2, 1, 4, 4, generator=torch.Generator().manual_seed(4))
     stepper = Stepper(schedule("v_prediction", zero_terminal_snr=True), name, 1, learned_variance=False)
     torch.testing.assert_close(stepper.step(v, 0, noise, []), -v, atol=1e-6, rtol=0)
+
+
+# The solvers of second order, and those that diffusers has, too
+
+
+@pytest.mark.parametrize("name", ["unipc", "heun"])
+@pytest.mark.parametrize("n", [7, 15, 49, 99, 333, 999])
+def test_heun_and_unipc_follow_the_flow_of_gaussian_data(name, n):
+    # 0.5 / n is what the last timestep, about 1000 / n, leaves between it and the data: the noise there is not small.
+    assert flow_error(name, "epsilon", n) < 80 / n**2 + 0.65 / n
+
+
+def order_error(name, intervals):
+    """The distance from the flow before the last step, on a schedule even in the log signal-to-noise ratio and bounded
+    at both ends: there the error of a solver is a power of the number of its steps."""
+    table = torch.sigmoid(2 * torch.linspace(2, -3, 1000, dtype=torch.float64))
+    betas = 1 - table / torch.cat([torch.ones(1, dtype=torch.float64), table[:-1]])
+    template = DDPMScheduler(trained_betas=betas.tolist(), prediction_type="epsilon", clip_sample=False)
+    stepper = Stepper(template, name, 2 * intervals - 1 if name == "heun" else intervals, learned_variance=False)
+    quantile = torch.linspace(-3, 3, 64).view(1, 1, 8, 8).double()
+    first, last = (
+        MU * ab.sqrt() + (ab * S**2 + 1 - ab).sqrt() * quantile
+        for ab in (stepper.alpha_bar[stepper.timesteps[index]].double() for index in (0, -1))
+    )
+    x = first.float()
+    for index, t in enumerate(stepper.timesteps[:-1]):
+        x = stepper.step(prediction("epsilon", gaussian_x0, x, stepper.alpha_bar[t]), index, x, None)
+    return (x - last).abs().max().item()
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("ddim", 1.9, 2.1),
+        ("euler", 1.9, 2.1),
+        ("dpm++", 3.3, 4.5),
+        ("heun", 3.8, 4.3),
+        ("unipc", 6.5, 10),  # its corrector gains an order
+    ],
+)
+def test_twice_the_steps_divide_the_error_by_a_power_of_two(name, low, high):
+    for fewer, more in ((50, 100), (100, 200)):
+        assert low < order_error(name, fewer) / order_error(name, more) < high
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_samples_of_gaussian_data_have_its_mean_and_variance(name, kind):
+    if name == "ddpm":
+        mean, variance, *_ = ddpm_moments(199, kind, true_fraction, False)
+        deviation = math.sqrt(variance)
+    else:  # x0 is linear in the noise, so two points of it tell of all
+        low, high = draw(Stepper(schedule(kind), name, 199, False), torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1),
+                         gaussian_x0, kind).flatten().tolist()  # fmt: skip
+        mean, deviation = (low + high) / 2, (high - low) / 2
+    assert mean == pytest.approx(MU, abs=0.006)
+    assert deviation == pytest.approx(S, abs=0.008)
+
+
+@pytest.mark.parametrize("n", [5, 9, 25])
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ddpm"])
+def test_all_kinds_of_prediction_draw_the_same(name, n):
+    noise = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+    first, *others = (
+        draw(Stepper(schedule(kind), name, n, learned_variance=False), noise, two_points_x0, kind) for kind in KINDS
+    )
+    for other in others:
+        torch.testing.assert_close(first, other, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("n", [5, 8, 25, 40, 100])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("euler", EulerDiscreteScheduler), ("unipc", UniPCMultistepScheduler), ("heun", HeunDiscreteScheduler)],
+)
+def test_what_diffusers_has_is_the_same_there(name, theirs, kind, n):
+    # Where its timesteps are ours: at the n that divide 1000.
+    theirs = theirs(
+        prediction_type=kind, timestep_spacing="trailing", beta_schedule="linear", beta_start=1e-4, beta_end=0.02
+    )
+    theirs.set_timesteps(n)
+    noise = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = noise * theirs.init_noise_sigma
+    for t in theirs.timesteps:
+        seen = theirs.scale_model_input(x, t)
+        output = prediction(kind, two_points_x0, seen, theirs.alphas_cumprod[int(t)])
+        x = theirs.step(output, t, x).prev_sample
+    stepper = Stepper(schedule(kind), name, 2 * n - 1 if name == "heun" else n, learned_variance=False)
+    assert stepper.timesteps == [int(t) for t in theirs.timesteps]
+    torch.testing.assert_close(draw(stepper, noise, two_points_x0, kind), x, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc_takes_the_order_of_its_template(order):
+    noise = torch.randn(1, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    settings = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
+    template = UniPCMultistepScheduler(solver_order=order, prediction_type="sample", **settings)
+    theirs = UniPCMultistepScheduler(
+        solver_order=order, prediction_type="sample", timestep_spacing="trailing", **settings
+    )
+    theirs.set_timesteps(8)
+    x = noise
+    for t in theirs.timesteps:
+        x = theirs.step(prediction("sample", two_points_x0, x, theirs.alphas_cumprod[t]), t, x).prev_sample
+    stepper = Stepper(template, None, 8, learned_variance=False)
+    torch.testing.assert_close(draw(stepper, noise, two_points_x0, "sample"), x, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        schedule(beta_schedule="cosine"),
+        schedule("v_prediction", zero_terminal_snr=True),
+        schedule("sample", beta_schedule="cosine"),
+    ],
+)
+def test_heun_is_refused_where_the_noise_has_no_signal(template):
+    with pytest.raises(ValueError, match=r"ddpm, ddim, dpm\+\+, unipc, euler$"):
+        Stepper(template, "heun", 5, learned_variance=False)
+    for name in SCHEDULERS:
+        if name != "heun":  # what it names instead is taken
+            Stepper(template, name, 5, learned_variance=False)
+
+
+@pytest.mark.parametrize("calls", [2, 4, 1000])
+def test_heun_refuses_an_even_number_of_calls_by_naming_its_neighbours(calls):
+    with pytest.raises(ValueError, match=f"not {calls}: take {calls - 1} or {calls + 1} steps"):
+        Stepper(schedule(), "heun", calls, learned_variance=False)
+    for other in (calls - 1, calls + 1):
+        assert len(Stepper(schedule(), "heun", other, learned_variance=False).timesteps) == other
+
+
+@pytest.mark.parametrize(
+    "kind", [EulerDiscreteScheduler, HeunDiscreteScheduler, UniPCMultistepScheduler, DPMSolverMultistepScheduler]
+)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_templates_of_every_class_serve_every_scheduler(kind, name):
+    settings = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "prediction_type": "v_prediction"}
+    x0 = torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(3))
+    ours = schedule("v_prediction")
+    assert torch.equal(one_step(kind(**settings), name, x0, index=1), one_step(ours, name, x0, index=1))
 
 
 # DDPM's moments
@@ -200,7 +353,7 @@ def test_ddpm_without_learned_variance_comes_close_to_the_data_in_many_steps():
 # Clipping, learned variance, the last step
 
 
-def one_step(template, name, output, learned_variance=False, index=0, n=4):
+def one_step(template, name, output, learned_variance=False, index=0, n=5):
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     stepper = Stepper(template, name, n, learned_variance)
     for earlier in range(index):  # multistep schedulers count their steps
@@ -208,7 +361,7 @@ def one_step(template, name, output, learned_variance=False, index=0, n=4):
     return stepper.step(output, index, x, image_generators(0, range(2)))
 
 
-@pytest.mark.parametrize("index", [0, 1, 3])
+@pytest.mark.parametrize("index", [0, 1, 4])
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("limit", [1.0, 0.5])
 def test_all_schedulers_clip_the_predicted_image_alike(name, index, limit):
@@ -230,7 +383,7 @@ def test_only_ddpm_uses_the_learned_variance(name, kind):
     assert given.shape == mean.shape
 
 
-@pytest.mark.parametrize("n", [1, 4, 1000])
+@pytest.mark.parametrize("n", [1, 5, 999])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_last_step_returns_the_predicted_image_and_draws_nothing(name, n):
     # At n < 1000 the last timestep is not 0, and diffusers' DDPM would add noise there.
@@ -242,11 +395,11 @@ def test_the_last_step_returns_the_predicted_image_and_draws_nothing(name, n):
     assert all(torch.equal(state, g.get_state()) for state, g in zip(before, generators, strict=True))
 
 
-@pytest.mark.parametrize(("name", "draws"), [("ddpm", True), ("ddim", False), ("dpm++", False)])
+@pytest.mark.parametrize(("name", "draws"), [(name, name == "ddpm") for name in SCHEDULERS])
 def test_each_image_draws_from_its_own_generator(name, draws):
     x0, x = torch.rand(2, 2, 1, 4, 4)
     outcomes = [
-        Stepper(schedule("sample"), name, 4, False).step(x0, 0, x, image_generators(0, indices))
+        Stepper(schedule("sample"), name, 5, False).step(x0, 0, x, image_generators(0, indices))
         for indices in ([0, 1], [0, 2])
     ]
     assert torch.equal(outcomes[0][0], outcomes[1][0])
@@ -262,6 +415,9 @@ def test_each_image_draws_from_its_own_generator(name, draws):
         (DDPMScheduler(prediction_type="sample", clip_sample=False), "ddpm"),
         (DDIMScheduler(prediction_type="sample", clip_sample=False), "ddim"),
         (DPMSolverMultistepScheduler(prediction_type="sample"), "dpm++"),
+        (UniPCMultistepScheduler(prediction_type="sample"), "unipc"),
+        (EulerDiscreteScheduler(prediction_type="sample"), "euler"),
+        (HeunDiscreteScheduler(prediction_type="sample"), "heun"),
     ],
 )
 def test_without_a_name_the_template_is_what_it_is(template, name):
@@ -281,8 +437,11 @@ def test_a_noise_schedule_given_as_a_table_reaches_every_scheduler():
     ("template", "name", "text"),
     [
         (schedule(), "ddimm", "Did you mean 'ddim'"),
-        (EulerDiscreteScheduler(), None, "EulerDiscreteScheduler is not supported"),
+        (PNDMScheduler(), None, "PNDMScheduler is not supported"),
         (DDPMScheduler(thresholding=True), None, "thresholding"),
+        (EulerDiscreteScheduler(use_karras_sigmas=True), None, "use_karras_sigmas"),
+        (HeunDiscreteScheduler(use_karras_sigmas=True), "ddim", "use_karras_sigmas"),
+        (UniPCMultistepScheduler(use_exponential_sigmas=True), None, "use_exponential_sigmas"),
         (DPMSolverMultistepScheduler(use_karras_sigmas=True), None, "use_karras_sigmas"),
         (DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), None, "use_flow_sigmas"),
         pytest.param(

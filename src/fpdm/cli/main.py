@@ -7,10 +7,18 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import fpdm
-from fpdm.cli import demo, evaluate, sample, sweep, train
+from fpdm.cli import demo, evaluate, plan, sample, sweep, train, tune
 from fpdm.names import unknown
 
-COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "sweep": sweep, "demo": demo}
+COMMANDS = {
+    "train": train,
+    "plan": plan,
+    "sample": sample,
+    "tune": tune,
+    "evaluate": evaluate,
+    "sweep": sweep,
+    "demo": demo,
+}
 INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
 
 

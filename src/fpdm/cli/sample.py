@@ -7,20 +7,28 @@ counts transformer block passes per image. Run again after an interruption, it m
 """
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.files import check_writable, model_folder
+from fpdm.names import needs
 
 if TYPE_CHECKING:
+    from fpdm.drawing import Choices
+    from fpdm.pipeline import FixedPointDiTPipeline
     from fpdm.sampling import Report
+
+DEFAULT_BUDGET = 160
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a run, a model folder, or a name on the hub")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for the images")
     parser.add_argument("--npz", action="store_true", help="also write samples.npz, in the ADM layout")
+    parser.add_argument("--trace", action="store_true",
+                        help="also plot residuals and passes, and show the first images as they form")  # fmt: skip
     add_drawing_arguments(parser, num_images=16)
 
 
@@ -34,12 +42,22 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, num_images: int) -> N
     compute.add_argument("--budget", type=int, metavar="PASSES", help="transformer block passes per image (160)")
     compute.add_argument("--steps", type=int, metavar="T", help="timesteps; more of them means fewer iterations each")
     compute.add_argument("--iterations", metavar="N[,N...]", help="of the fixed point: at all, or at each timestep")
-    compute.add_argument("--allocation", default="constant", metavar="{constant,rising,falling}",
-                         help="iterations over the timesteps, from noise to image (constant)")  # fmt: skip
-    compute.add_argument("--reuse", action=argparse.BooleanOptionalAction, default=True,
-                         help="start each solve from the one before (yes)")  # fmt: skip
-    compute.add_argument("--scheduler", metavar="{ddpm,ddim,dpm++}", help="sampling method (default: the model's)")
-    compute.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="1 for none (1)")
+    compute.add_argument("--allocation", metavar="{constant,linear:S,cosine:S}",
+                         help="iterations from noise to image, rising where S > 0 (constant)")  # fmt: skip
+    compute.add_argument("--reuse", metavar="{none,plain,linear,quadratic}",
+                         help="start each solve from the last one, or where the last ones point (plain)")  # fmt: skip
+    compute.add_argument("--solver", metavar="{picard,anderson:M,broyden:M}", help="of the fixed points (picard)")
+    compute.add_argument("--tolerance", type=float, metavar="R",
+                         help="relative residual at which an image's solve stops")  # fmt: skip
+    compute.add_argument("--pooled", action="store_true", help="share what is left over with the batch")
+    compute.add_argument("--scheduler", metavar="{ddpm,ddim,dpm++,unipc,euler,heun}",
+                         help="sampling method (default: the model's)")  # fmt: skip
+    guidance = parser.add_argument_group("guidance")
+    guidance.add_argument("--guidance-scale", type=float, metavar="S", help="1 for none (1)")
+    guidance.add_argument("--guidance-interval", metavar="LOW,HIGH", help="training timesteps to guide at (all)")
+    guidance.add_argument("--guidance-channels", type=int, metavar="N", help="how many channels to guide (all)")
+    guidance.add_argument("--guidance-share", type=float, metavar="P",
+                          help="iterations of the unconditional evaluation, as a share of the others' (1)")  # fmt: skip
     compute.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
     compute.add_argument("--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="of the weights")
 
@@ -47,36 +65,84 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, num_images: int) -> N
 def run(options: argparse.Namespace) -> int:
     report, out = draw(options), Path(options.out)
     diverged = f"; {report.diverged} of them diverged" if report.diverged else ""
-    print(f"{options.num_images} images in {out}; {report.spent} block passes each, {report.seconds:.1f} s{diverged}")
+    passes = f"{report.spent:g}" if report.spent == report.planned else f"{report.spent:.1f} of {report.planned}"
+    print(f"{options.num_images} images in {out}; {passes} block passes each, {report.seconds:.1f} s{diverged}")
+    if options.trace:
+        print(f"the trace is in {out / 'trace.png'} and {out / 'steps.webp'}")
     return 0
 
 
 def draw(options: argparse.Namespace) -> "Report":
     """Draw what the options ask for into the folder --out; the report of it."""
     check_counts(options)
+    if getattr(options, "trace", False):
+        needs("matplotlib", "plots")
     folder, out = model_folder(options.model), Path(options.out)
     check_writable(out)
 
     quiet_libraries()
-    from fpdm.drawing import Choices, draw_missing, load_pipeline, write_archive
+    from fpdm.drawing import draw_missing, load_pipeline, write_archive
 
     pipe = load_pipeline(folder, options.device, options.dtype)
-    choices = Choices(
-        budget=options.budget,
-        num_inference_steps=options.steps,
-        iterations=parse_iterations(options.iterations),
-        allocation=options.allocation,
-        reuse=options.reuse,
-        scheduler=options.scheduler,
-        guidance_scale=options.guidance_scale,
-        seed=options.seed,
-    )
+    choices = choices_of(options, pipe)
     classes = parse_classes(options.classes, pipe.transformer.config.num_classes, pipe.class_names)
     print(f"{choices.plan(pipe)} per image", flush=True)
     report = draw_missing(pipe, out, options.num_images, classes, options.batch_size, choices)
     if getattr(options, "npz", False):
         write_archive(out, options.num_images, classes)
+    if getattr(options, "trace", False):
+        from fpdm.experiments.trace import write_trace
+
+        write_trace(pipe, choices, classes, report, out)
     return report
+
+
+def choices_of(options: argparse.Namespace, pipe: "FixedPointDiTPipeline") -> "Choices":
+    """How to draw: what the options say, and what they leave open from the tuned plan that is nearest to the budget, if
+    the model has any and the options say nothing of a plan."""
+    from fpdm.drawing import Choices
+    from fpdm.sampling import nearest_plan
+
+    given = {
+        "num_inference_steps": options.steps,
+        "iterations": parse_iterations(options.iterations),
+        "allocation": options.allocation,
+        "reuse": options.reuse,
+        "solver": options.solver,
+        "tolerance": options.tolerance,
+        "scheduler": options.scheduler,
+    }
+    planned = {name: value for name, value in given.items() if value is not None}
+    guidance = {
+        "guidance_scale": options.guidance_scale,
+        "guidance_interval": parse_interval(options.guidance_interval),
+        "guidance_channels": options.guidance_channels,
+        "guidance_share": options.guidance_share,
+    }
+    rest = {name: value for name, value in guidance.items() if value is not None}
+    rest |= {"seed": options.seed, "pooled": options.pooled}
+    budget = options.budget
+    wanted = DEFAULT_BUDGET if budget is None else budget
+    tuned = None if planned or options.pooled else nearest_plan(pipe.tuned_plans, wanted)
+    if tuned is None:
+        return Choices(budget=budget, **planned, **rest)
+    budget = tuned.budget if budget is None else budget
+    print(f"the tuned plan for {tuned.budget} block passes{'' if budget == tuned.budget else ', the nearest one'}: "
+          f"{tuned.scheduler}, reuse {tuned.reuse}, solver {tuned.solver}")  # fmt: skip
+    return Choices(**pipe.tuned(budget), **rest)
+
+
+def parse_interval(text: str | None) -> list[float] | None:
+    """Two numbers from "100,800"."""
+    if text is None:
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+        if not math.isfinite(low + high):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"--guidance-interval is {text!r}; it must be two timesteps, LOW,HIGH") from None
+    return [low, high]
 
 
 def check_counts(options: argparse.Namespace, least: int = 1) -> None:

@@ -27,13 +27,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     points.add_argument("--schedulers", default="ddpm,ddim,dpm++", metavar="NAME,...", help="(ddpm,ddim,dpm++)")
     points.add_argument("--iterations", metavar="N,N...",
                         help="per timestep; each makes a plan of every budget (default: one default plan)")  # fmt: skip
-    points.add_argument("--allocation", default="constant", metavar="{constant,rising,falling}",
-                        help="iterations over the timesteps, from noise to image (constant)")  # fmt: skip
-    points.add_argument("--reuse", action=argparse.BooleanOptionalAction, default=True,
-                        help="start each solve from the one before (yes)")  # fmt: skip
+    points.add_argument("--allocations", default="constant", metavar="NAME,...",
+                        help="of iterations, such as constant,linear:1,cosine:-1 (constant)")  # fmt: skip
+    points.add_argument("--reuse", default="plain", metavar="NAME,...", help="of none,plain,linear,quadratic (plain)")
+    points.add_argument("--solvers", default="picard", metavar="NAME,...",
+                        help="such as picard,anderson:2,broyden (picard)")  # fmt: skip
+    points.add_argument("--seeds", default="0", metavar="N,N...", help="of the samples (0)")
+    points.add_argument("--tuned", action="store_true", help="the models' tuned plans as well")
     points.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="1 for none (1)")
     points.add_argument("--num-images", type=int, default=1000, metavar="N", help="samples per point (1000)")
-    points.add_argument("--seed", type=int, default=0, help="of the samples (0)")
     add_measuring_arguments(parser)
     computing = parser.add_argument_group("computing")
     computing.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
@@ -47,21 +49,24 @@ def run(options: argparse.Namespace) -> int:
     if options.processes < 1:
         raise ValueError(f"--processes is {options.processes}; it must be at least 1")
     budgets = numbers("--budgets", options.budgets)
-    iterations = None if options.iterations is None else numbers("--iterations", options.iterations)
+    iterations = [None] if options.iterations is None else numbers("--iterations", options.iterations)
+    seeds = numbers("--seeds", options.seeds, least=0)
     out = Path(options.out)
     check_writable(out)
     needs("matplotlib", "plots")
 
     quiet_libraries()
     from fpdm.experiments.page import write_report
-    from fpdm.experiments.sweep import Settings, all_points, run_sweep
+    from fpdm.experiments.sweep import Axes, Settings, all_points, run_sweep
 
     names = [name for name in Settings.__dataclass_fields__ if hasattr(options, name)]
     settings = Settings(**{name: getattr(options, name) for name in names})
-    schedulers = list(dict.fromkeys(options.schedulers.split(",")))
+    listed = [words(text) for text in (options.schedulers, options.allocations, options.reuse, options.solvers)]
+    schedulers, allocations, reuses, solvers = listed
+    axes = Axes(budgets, schedulers, iterations, allocations, reuses, solvers, seeds, options.tuned)
     status = 0
     try:
-        run_sweep(options.models, budgets, schedulers, iterations, settings, out, options.processes)
+        run_sweep(options.models, axes, settings, out, options.processes)
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from here")
         status = INTERRUPTED
@@ -71,12 +76,17 @@ def run(options: argparse.Namespace) -> int:
     return status
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers of at least 1 from "24,40"; each once, in order. Raises ValueError for others."""
+def words(text: str) -> list[str]:
+    """The words of "a,b", each once, in order."""
+    return list(dict.fromkeys(text.split(",")))
+
+
+def numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """Whole numbers of at least `least` from "24,40"; each once, in order. Raises ValueError for others."""
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:
-        found = [0]
-    if found[0] < 1:
-        raise ValueError(f"{option} is {text!r}; it must be whole numbers of at least 1, joined by commas")
+        found = [least - 1]
+    if found[0] < least:
+        raise ValueError(f"{option} is {text!r}; it must be whole numbers of at least {least}, joined by commas")
     return found

@@ -36,7 +36,7 @@ def run_demo(out: Path, steps: int | None = None) -> int:
         images, report = drawn.images, drawn.report
         rows.append((images, report))
         plan = f"{timesteps} x {spread(report)}"
-        print(f"{budget:8} {plan:>24} {report.spent:14} {report.total_passes:15} {report.seconds:9.2f}")
+        print(f"{budget:8} {plan:>24} {report.spent:14.0f} {report.total_passes:15.0f} {report.seconds:9.2f}")
     picture = out / "demo.png"
     draw(rows, picture)
     print(f"\nThe picture is {picture}; the model is {trainer.dir.pipeline}.")
@@ -62,11 +62,11 @@ def draw(rows: list[tuple[list[Image.Image], Report]], path: Path) -> None:
     strips, curves = figure.subfigures(1, 2, width_ratios=[2, 1.1])
     for axis, (images, report) in zip(strips.subplots(len(rows), 1), rows, strict=True):
         show_strip(axis, images)
-        axis.set_title(f"{report.spent} block passes: {len(report.timesteps)} timesteps x {spread(report)} iterations",
-                       loc="left", fontsize=10)  # fmt: skip
+        plan = f"{len(report.timesteps)} timesteps x {spread(report)} iterations"
+        axis.set_title(f"{report.spent:.0f} block passes: {plan}", loc="left", fontsize=10)
     axis = curves.subplots()
     for _, report in rows:
-        axis.plot(report.timesteps, report.residual, marker=".", label=f"{report.spent} passes")
+        axis.plot(report.timesteps, report.residual, marker=".", label=f"{report.spent:.0f} passes")
     axis.set(xlabel="timestep (noise to image)", ylabel="residual |f(z) - z| / |f(z)|", yscale="log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(ScalarFormatter())

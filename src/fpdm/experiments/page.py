@@ -19,12 +19,11 @@ from PIL import Image
 
 from fpdm.evaluation import Evaluation, Measure
 from fpdm.evaluation.evaluate import significant
-from fpdm.experiments.sweep import key_of
 from fpdm.files import write_aside
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito 2008
-MARKERS = {"ddpm": "o", "ddim": "s", "dpm++": "^"}
-SIGNS = {"ddpm": "&#9679;", "ddim": "&#9632;", "dpm++": "&#9650;"}  # the same in text
+MARKERS = {"ddpm": "o", "ddim": "s", "dpm++": "^", "unipc": "v", "heun": "*"}
+SIGNS = {"ddpm": "&#9679;", "ddim": "&#9632;", "dpm++": "&#9650;", "unipc": "&#9660;", "heun": "&#9733;"}  # in text
 AXES = {
     "passes": "transformer block passes per image",
     "operations": "operations per image",
@@ -36,10 +35,7 @@ Row = dict[str, Any]
 
 def write_report(points: list[Row], out: Path) -> Path:
     """Write OUT/report.html of all points, whose grids are in OUT/grids. Needs matplotlib."""
-    rows = []
-    for point in points:
-        key = key_of(point["model"], point["budget"], point["scheduler"], point["iterations"])
-        rows.append({**point, "key": key, "evaluation": Evaluation.from_dict(point["evaluation"])})
+    rows = [{**point, "evaluation": Evaluation.from_dict(point["evaluation"])} for point in points]
     distance, *names = dict.fromkeys(m.name for row in rows for m in row["evaluation"].measures)
     quality = "".join(plot(rows, x, distance) for x in AXES)
     others = "".join(plot(rows, "passes", name) for name in names)
@@ -164,7 +160,7 @@ def linked(svg: str, rows: list[Row], name: str) -> str:
 def tip(row: Row, name: str) -> str:
     m = measure_of(row, name)
     assert m is not None
-    return f"{row['model']}, {row['scheduler']}, {row['plan']}: {name} {significant(m.value)}"
+    return f"{row['model']}, {row['scheduler']}, {', '.join([row['plan'], *how(row)])}: {name} {significant(m.value)}"
 
 
 def table(rows: list[Row], names: list[str]) -> str:
@@ -173,7 +169,7 @@ def table(rows: list[Row], names: list[str]) -> str:
     for row in rows:
         link = f'<a href="#{html.escape(row["key"])}">{html.escape(row["model"])}</a>'
         cells = [
-            link, row["scheduler"], plan_of(row), f"{row['passes']}", f"{row['operations']:.3g}",
+            link, row["scheduler"], plan_of(row), f"{row['passes']:g}", f"{row['operations']:.3g}",
             significant(row["seconds"]),
         ]  # fmt: skip
         for name in names:
@@ -189,7 +185,24 @@ def table(rows: list[Row], names: list[str]) -> str:
 
 
 def plan_of(row: Row) -> str:
-    return html.escape(row["plan"].rsplit(", ", 1)[0])  # the passes have a column of their own
+    return html.escape(", ".join([row["plan"].rsplit(", ", 1)[0], *how(row)]))  # the passes have a column of their own
+
+
+def how(row: Row) -> list[str]:
+    """What of a point is not the default."""
+    request = row["request"]  # of which points of an older version say only there what they are
+    allocation, reuse, solver, seed = (
+        row.get(name, request.get(name)) for name in ("allocation", "reuse", "solver", "seed")
+    )
+    reuse = {True: "plain", False: "none"}.get(reuse, reuse)
+    parts = [
+        "tuned" if row.get("tuned") else "",
+        f"{allocation} allocation" if allocation not in (None, "constant") else "",
+        f"{reuse} reuse" if reuse not in (None, "plain") else "",
+        str(solver) if solver not in (None, "picard") else "",
+        f"seed {seed}" if seed else "",
+    ]
+    return [part for part in parts if part]
 
 
 def overlay(row: Row, grid: Path) -> str:
@@ -206,7 +219,8 @@ def overlay(row: Row, grid: Path) -> str:
     return (
         f'<div class=overlay id="{html.escape(row["key"])}"><a class=back href="#_" aria-label=close></a><section>'
         f"<h2>{html.escape(row['model'])}, {html.escape(row['scheduler'])}</h2>"
-        f"<p>{html.escape(row['plan'])}; {row['operations']:.3g} operations, {significant(row['seconds'])} s per image"
+        f"<p>{html.escape(', '.join([row['plan'], *how(row)]))}; {row['operations']:.3g} operations, "
+        f"{significant(row['seconds'])} s per image"
         f" <a class=close href='#_'>close</a></p><div class=sides>"
         f'<img alt="the first images" src="data:image/png;base64,{picture}">'
         f"<div><table><tr><th></th><th>value</th><th>95% interval</th><th>real images</th></tr>{numbers}</table>"
@@ -230,8 +244,7 @@ def conditions(rows: list[Row]) -> str:
     for row in rows:
         made, request = row["made_with"], row["request"]
         text = ", ".join(f"{name} {value}" for name, value in made.items())
-        text += f"; seed {request['seed']}, guidance scale {request['guidance_scale']}, "
-        text += f"{'with' if request['reuse'] else 'without'} reuse, {request['allocation']} allocation"
+        text += f"; guidance scale {request['guidance_scale']}"
         seen[text] = None
     sizes = {row["model"]: row["parameters"] for row in rows}
     listed = ", ".join(f"{model} {count:,}" for model, count in sizes.items())

@@ -10,16 +10,18 @@ A point is computed by one process from the start to the end and depends on noth
 same however many processes there are, and wherever a sweep was stopped.
 """
 
+import hashlib
 import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
 from typing import Any
@@ -32,9 +34,10 @@ from fpdm.drawing import Choices, channels_of, draw_missing, dtype_of, load_pipe
 from fpdm.evaluation import Evaluation, Instrument, open_samples
 from fpdm.files import cache_folder, hold, is_free, model_folder, read_json, write_json
 from fpdm.machine import made_with
+from fpdm.models import DiT
 from fpdm.names import unknown
 from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.sampling import ALLOCATIONS, Plan, operations_of, total
+from fpdm.sampling import SCHEDULERS, check_allocation, check_reuse, operations_of, solver_of, total
 from fpdm.weights import digest
 
 
@@ -49,9 +52,6 @@ class Settings:
     statistics: str | None = None
     num_images: int = 1000
     batch_size: int = 64
-    seed: int = 0
-    allocation: str = "constant"
-    reuse: bool = True
     guidance_scale: float = 1.0
     device: str = "auto"
     dtype: str = "float32"
@@ -60,48 +60,118 @@ class Settings:
 # What may differ between the parts of one sweep: how it is computed, but not what.
 CHANGEABLE = {"device", "statistics", "batch_size", "data"}
 
+# What older versions had all points of a sweep share, and what it must have been for such points to be added to.
+FORMERLY_SHARED = {"seed": 0, "reuse": True, "allocation": "constant"}
+
+
+@dataclass(frozen=True)
+class Axes:
+    """What the points of a sweep differ in, besides the model: all combinations.
+
+    iterations  per timestep; None leaves them to the plan's default
+    tuned       whether the models' tuned plans are points, too
+    """
+
+    budgets: Sequence[int]
+    schedulers: Sequence[str]
+    iterations: Sequence[int | None] = (None,)
+    allocations: Sequence[str] = ("constant",)
+    reuses: Sequence[str] = ("plain",)
+    solvers: Sequence[str] = ("picard",)
+    seeds: Sequence[int] = (0,)
+    tuned: bool = False
+
+    def check(self) -> None:
+        """Raises ValueError for names that mean nothing. What they mean may still not fit a model or a budget."""
+        for name in self.schedulers:
+            if name not in SCHEDULERS:
+                raise ValueError(unknown("scheduler", name, SCHEDULERS))
+        for allocation in self.allocations:
+            check_allocation(allocation)
+        for reuse in self.reuses:
+            check_reuse(reuse)
+        for solver in self.solvers:
+            solver_of(solver)
+
+    def choices(self, pipe: FixedPointDiTPipeline, scale: float) -> Iterator[tuple[int, Choices, bool]]:
+        """Budgets, how to draw from a model, and whether that is a tuned plan. Of an explicit network only the budget,
+        the scheduler and the seed say anything."""
+        explicit = isinstance(pipe.transformer, DiT)
+        of_solves = ([None], ["constant"], ["plain"], ["picard"]) if explicit else (
+            self.iterations, self.allocations, self.reuses, self.solvers
+        )  # fmt: skip
+        for seed, budget, scheduler, iterations, allocation, reuse, solver in product(
+            self.seeds, self.budgets, self.schedulers, *of_solves
+        ):
+            yield budget, Choices(budget, None, iterations, allocation, reuse, solver, scheduler=scheduler,
+                          guidance_scale=scale, seed=seed), False  # fmt: skip
+        for seed, budget in product(self.seeds, self.budgets if self.tuned else ()):
+            if any(plan.budget == budget for plan in pipe.tuned_plans):
+                chosen = pipe.tuned(budget)
+                if isinstance(chosen.get("iterations"), list):
+                    chosen["iterations"] = tuple(chosen["iterations"])
+                yield budget, Choices(**chosen, guidance_scale=scale, seed=seed), True
+
 
 @dataclass(frozen=True)
 class Point:
-    """One request. `folder` is the model's; `label` is what it is called, and `digest` what its weights are.
-    `iterations` None leaves them to the plan's default, as an explicit network must."""
+    """One request. `folder` is the model's; `label` is what it is called, and `digest` what its weights are."""
 
     label: str
     folder: str
     digest: str
     budget: int
-    scheduler: str
-    iterations: int | None = None
-    allocation: str = "constant"
+    choices: Choices
+    tuned: bool = False
     operations: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        label: str,
+        folder: str,
+        identity: str,
+        pipe: FixedPointDiTPipeline,
+        budget: int,
+        choices: Choices,
+        tuned: bool = False,
+    ) -> "Point":
+        """Raises ValueError for choices that cannot be."""
+        plan = choices.plan(pipe)
+        any_label = pipe.labels(0 if pipe.transformer.config.num_classes else None, None)
+        pipe.check_inputs(plan, any_label, choices.scheduler, choices.guidance)
+        evaluations = 1 if choices.guidance_scale == 1 else 2
+        operations = total(operations_of(pipe.transformer), plan) * evaluations
+        return cls(label, folder, identity, budget, choices, tuned, operations)
 
     @property
     def key(self) -> str:
-        return key_of(self.label, self.budget, self.scheduler, self.iterations)
+        """The name of the point's files: what is not the default is in it."""
+        c, parts = self.choices, [self.label, str(self.budget)]
+        if self.tuned:
+            parts += ["tuned", short_hash(replace(c, seed=0))]
+        else:
+            parts.append(str(c.scheduler).replace("+", "p"))
+            parts += [] if c.num_inference_steps is None else [f"{c.num_inference_steps}-steps"]
+            parts += [] if c.iterations is None else [counted(c.iterations)]
+            parts += [] if c.allocation == "constant" else [c.allocation.replace(":", "_").replace("/", "_")]
+            parts += [] if c.reuse == "plain" else [f"{c.reuse}-reuse"]
+            parts += [] if c.solver == "picard" else [c.solver.replace(":", "_")]
+        return "-".join([*parts, *([f"seed{c.seed}"] if c.seed else [])])
 
-    def choices(self, settings: Settings) -> Choices:
-        return Choices(
-            budget=self.budget,
-            iterations=self.iterations,
-            allocation=self.allocation,
-            reuse=settings.reuse,
-            scheduler=self.scheduler,
-            guidance_scale=settings.guidance_scale,
-            seed=settings.seed,
-        )
+
+def counted(iterations: int | Sequence[int]) -> str:
+    """Iterations as a part of a file's name."""
+    return f"{iterations}-iterations" if isinstance(iterations, int) else f"iterations-{short_hash(iterations)}"
 
 
-def key_of(model: str, budget: int, scheduler: str, iterations: int | None) -> str:
-    """The name of a point's files."""
-    every = "" if iterations is None else f"-{iterations}-iterations"
-    return f"{model}-{budget}-{scheduler.replace('+', 'p')}{every}"
+def short_hash(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:6]
 
 
 def run_sweep(
     models: list[str],
-    budgets: list[int],
-    schedulers: list[str],
-    iterations: list[int] | None,
+    axes: Axes,
     settings: Settings,
     out: Path,
     processes: int = 1,
@@ -114,11 +184,18 @@ def run_sweep(
     Raises ValueError, before anything is computed, for models, budgets or settings that cannot be, or if `out` holds a
     sweep of other settings or other models of the same names.
     """
-    dtype_of(settings.dtype)
-    device_for(settings)
-    points, left_out = points_of(models, budgets, schedulers, iterations, settings)
+    points, left_out = points_of(models, axes, settings)
     for reason in left_out:
         say(f"left out: {reason}")
+    return run_points(points, settings, out, processes, say)
+
+
+def run_points(
+    points: list[Point], settings: Settings, out: Path, processes: int = 1, say: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Compute those of the points that `out` lacks; all that it holds. Raises ValueError as `run_sweep` does."""
+    dtype_of(settings.dtype)
+    device_for(settings)
     size, channels = shape_of(points)
     check_claim(out, settings, points)
     # Before several processes want them, the statistics of the real images are there.
@@ -151,38 +228,26 @@ def compute_missing(
             bar.write(f"{point.key:32} {first.name} {first.value:.3g} ({first.low:.3g} to {first.high:.3g})")
 
 
-def points_of(
-    models: list[str], budgets: list[int], schedulers: list[str], iterations: list[int] | None, settings: Settings
-) -> tuple[list[Point], list[str]]:
-    """The points, cheapest first, and which of the product cannot be, with the reason."""
-    if settings.allocation not in ALLOCATIONS:
-        raise ValueError(unknown("allocation", settings.allocation, ALLOCATIONS))
+def points_of(models: list[str], axes: Axes, settings: Settings) -> tuple[list[Point], list[str]]:
+    """The points, cheapest first, and which of the combinations cannot be, with the reason."""
+    axes.check()
     points, left_out = [], []
     for label, folder in labelled(models).items():
         pipe = load_pipeline(folder, "cpu", "float32")
-        identity, cost = digest(pipe.transformer), operations_of(pipe.transformer)
-        explicit = cost.per_iteration == 0
-        counts: list[int | None] = [None] if iterations is None or explicit else list(iterations)
-        evaluations = 1 if settings.guidance_scale == 1 else 2
-        allocation = "constant" if explicit else settings.allocation
-        any_label = pipe.labels(0 if pipe.transformer.config.num_classes else None, None)
-        for budget in budgets:
-            for scheduler in schedulers:
-                plans: list[Plan] = []
-                for count in counts:
-                    point = Point(label, folder, identity, budget, scheduler, count, allocation)
-                    choices = point.choices(settings)
-                    try:
-                        plan = choices.plan(pipe)
-                    except ValueError as error:
-                        left_out.append(f"{point.key}: {error}")
-                        continue
-                    if plan in plans:
-                        left_out.append(f"{point.key}: the same plan as another")
-                        continue
-                    plans.append(plan)
-                    pipe.check_inputs(plan, any_label, scheduler, settings.guidance_scale)
-                    points.append(replace(point, operations=total(cost, plan) * evaluations))
+        identity = digest(pipe.transformer)
+        seen: set[Any] = set()
+        for budget, choices, tuned in axes.choices(pipe, settings.guidance_scale):
+            try:
+                plan, point = choices.plan(pipe), Point.of(label, folder, identity, pipe, budget, choices, tuned)
+            except ValueError as error:
+                left_out.append(f"{Point(label, folder, '', budget, choices, tuned).key}: {error}")
+                continue
+            alike = (plan, replace(choices, iterations=None, allocation="constant"), tuned)
+            if alike in seen:
+                left_out.append(f"{point.key}: the same plan as another")
+                continue
+            seen.add(alike)
+            points.append(point)
     if not points:
         raise ValueError("none of these points can be: " + "; ".join(left_out))
     return sorted(points, key=lambda point: (point.budget, point.operations)), left_out
@@ -231,6 +296,9 @@ def check_claim(out: Path, settings: Settings, points: list[Point]) -> dict[str,
         if name not in CHANGEABLE and old["settings"].get(name) != value
     ]
     digests = {point.label: point.digest for point in points}
+    for name, default in FORMERLY_SHARED.items():
+        if (value := old["settings"].get(name, default)) != default:
+            changed.append(f"all its points have {name} {value!r}, as older versions had it")
     changed += [f"{label} had other weights" for label, now in digests.items() if old["models"].get(label, now) != now]
     if changed:
         raise ValueError(f"{out} holds another sweep: {'; '.join(changed)}. Choose another --out")
@@ -260,8 +328,8 @@ def finished(out: Path, key: str) -> bool:
 def all_points(out: Path) -> list[dict[str, Any]]:
     """All finished points in a folder, by model, scheduler and budget."""
     keys = sorted(path.stem for path in (out / "points").glob("*.json"))
-    found = [read_json(out / "points" / f"{key}.json") for key in keys if finished(out, key)]
-    return sorted(found, key=lambda p: (p["model"], p["scheduler"], p["budget"], p["iterations"] or 0))
+    found = [{**read_json(out / "points" / f"{key}.json"), "key": key} for key in keys if finished(out, key)]
+    return sorted(found, key=lambda p: (p["model"], p["scheduler"], p["budget"], p["key"]))
 
 
 def computed(
@@ -342,7 +410,7 @@ def measure_point(
 ) -> dict[str, Any]:
     """Draw and measure one point: what is kept of it."""
     pipe = pipeline_for(point.folder, point.digest, device_for(settings), settings.dtype)
-    drawing, choices = out / "drawing" / point.key, point.choices(settings)
+    drawing, choices = out / "drawing" / point.key, point.choices
     classes = list(range(pipe.transformer.config.num_classes)) or None
     report = draw_missing(pipe, drawing, settings.num_images, classes, settings.batch_size, choices, on_batch)
     samples = open_samples(drawing, settings.num_images)
@@ -351,8 +419,13 @@ def measure_point(
     return {
         "model": point.label,
         "budget": point.budget,
-        "scheduler": point.scheduler,
-        "iterations": point.iterations,
+        "scheduler": choices.scheduler,
+        "iterations": None if point.tuned else choices.iterations,
+        "allocation": choices.allocation,
+        "reuse": choices.reuse,
+        "solver": choices.solver,
+        "seed": choices.seed,
+        "tuned": point.tuned,
         "plan": str(choices.plan(pipe)),
         "passes": report.spent,
         "operations": point.operations,

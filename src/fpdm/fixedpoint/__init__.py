@@ -8,13 +8,12 @@ from fpdm.fixedpoint.gradients import (
     Unroll,
 )
 from fpdm.fixedpoint.solve import Solution, Status, relative_residual, solve
-from fpdm.fixedpoint.solvers import SOLVERS, Anderson, Broyden, Picard, Solver, solver_of
+from fpdm.fixedpoint.solvers import Anderson, Broyden, Picard, Solver
 from fpdm.fixedpoint.spec import Solve
 from fpdm.fixedpoint.stopping import FixedIterations, Stopping, Tolerance, check_tolerance
 from fpdm.fixedpoint.trees import detach, select
 
 __all__ = [
-    "SOLVERS",
     "Anderson",
     "Broyden",
     "FixedIterations",
@@ -35,5 +34,4 @@ __all__ = [
     "relative_residual",
     "select",
     "solve",
-    "solver_of",
 ]

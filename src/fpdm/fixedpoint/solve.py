@@ -104,9 +104,9 @@ def solve(
         rows.append(_row(r, running.places, spent))
         here = running.places
         spent = spent + 1 if here is None else spent.index_add(0, here, torch.ones_like(here))
-        running = running.moved(solver, fz, r)
+        running = running.moved(solver, fz, r, stopping)
         if k in keep:
-            kept[k] = running.into(out)
+            kept[k] = running.into(out, rescue=False)
         going = _going(running, stopping, k)
         if going is not None:
             out, running = _without(out, running, going)
@@ -120,10 +120,11 @@ def solve(
 @torch.no_grad()
 def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
     """|f(z) - z| / |f(z)| per sample, (batch,) float32. Not differentiated: it is a measurement."""
-    dtype = torch.promote_types(fz.dtype, torch.float32)
+    # In float64: squares of values above 1e19 overflow float32, and those below 1e-19 vanish.
+    dtype = torch.float32 if fz.device.type == "mps" else torch.float64
     distance, size = (torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype) for v in (fz - z, fz))
     # The second term keeps the ratio finite where f(z) = 0: infinite means diverged.
-    return (distance / torch.maximum(size, 1e-30 * distance).clamp_min(torch.finfo(torch.float32).tiny)).float()
+    return (distance / torch.maximum(size, 1e-30 * distance).clamp_min(torch.finfo(dtype).tiny)).float()
 
 
 @dataclass(frozen=True)
@@ -147,14 +148,18 @@ class _Running:
     least: Tensor | None = None
     residual: Tensor | None = None
 
-    def moved(self, solver: Solver, fz: Tensor, residual: Tensor | None) -> "_Running":
+    def moved(self, solver: Solver, fz: Tensor, residual: Tensor | None, stopping: Stopping) -> "_Running":
         """These samples after an iteration."""
         following, state = solver.step(self.z, fz, self.state)
+        if stopping.reads_residual:
+            # Of a sample that is solved, f of the iterate that was found to be: nobody knows the residual of the step.
+            assert residual is not None
+            following = torch.where(_column(stopping.unfinished(residual), fz), following, fz)
         best, least = self.best, self.least
         if self.rescue:
             assert residual is not None
             if best is None or least is None:
-                best, least = self.z, torch.full_like(residual, torch.inf)
+                best, least = self.z.to(fz.dtype), torch.full_like(residual, torch.inf)
             better = residual < least  # never of a NaN
             best, least = torch.where(_column(better, fz), fz, best), residual.where(better, least)
         return replace(self, z=following, state=state, best=best, least=least, residual=residual)
@@ -168,10 +173,10 @@ class _Running:
         places = here if self.places is None else self.places[here]
         return _Running(z, context, state, limits, self.rescue, places, best, least, residual)
 
-    def into(self, out: Tensor) -> Tensor:
+    def into(self, out: Tensor, rescue: bool = True) -> Tensor:
         """`out` (batch, ...) with the values of these samples in their places."""
         value = self.z
-        if self.best is not None and self.least is not None and self.residual is not None:
+        if rescue and self.best is not None and self.least is not None and self.residual is not None:
             value = torch.where(_column(_diverged(self.residual, self.least), value), self.best, value)
         return value if self.places is None else out.to(value.dtype).index_copy(0, self.places, value)
 

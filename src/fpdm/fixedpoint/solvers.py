@@ -18,8 +18,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fpdm.names import unknown
-
 State = Any
 
 
@@ -49,7 +47,7 @@ class Picard:
         return ()
 
     def step(self, z: Tensor, fz: Tensor, state: State) -> tuple[Tensor, State]:
-        return (fz if self.damping == 1 else z.lerp(fz, self.damping)), state
+        return (fz if self.damping == 1 else z.to(fz.dtype).lerp(fz, self.damping)), state
 
 
 class Pairs(NamedTuple):
@@ -65,12 +63,12 @@ class Anderson:
     """Anderson acceleration (Anderson 1965; Walker and Ni 2011): of the affine combinations of the last m + 1 pairs,
     the one with the smallest residual:
 
-        a = argmin |sum_i a_i g_i|^2 + regularisation tr(G)/(m + 1) |a|^2,  sum_i a_i = 1
+        a = argmin |sum_i a_i g_i|^2 + regularisation sum_i a_i^2 |g_i|^2,  sum_i a_i = 1
         z <- sum_i a_i (f(z_i) - (1 - damping) g_i)
 
     memory          m, at least 1
     damping         in (0, 1]; 1 takes f(z_i) alone
-    regularisation  of the system, relative to the mean square of the residuals: at least 0
+    regularisation  of the system, relative to the square of each residual: at least 0
 
     Raises ValueError for values outside these ranges.
     """
@@ -97,26 +95,39 @@ class Anderson:
         row = torch.stack([(residual * other).sum(1) for other in residuals], dim=1)  # (batch, pairs)
         products = torch.cat([state.products[:, kept, kept], row[:, :-1, None]], dim=2)
         state = Pairs(values, residuals, torch.cat([products, row[:, None]], dim=1))
-        shares = self._shares(state.products)
-        following = sum(
-            share * (f if self.damping == 1 else f - (1 - self.damping) * g)
-            for share, f, g in zip(shares.unsqueeze(2).unbind(1), values, residuals, strict=True)
+        shares = self._shares(state.products).unsqueeze(2).unbind(1)
+        steps = [f if self.damping == 1 else f - (1 - self.damping) * g for f, g in zip(values, residuals, strict=True)]
+        # The shares sum to 1; written so, rounding of their sum does no harm.
+        following = steps[-1] + sum(
+            (share * (step - steps[-1]) for share, step in zip(shares[:-1], steps[:-1], strict=True)), start=0.0
         )
-        return settled(following, value).view_as(fz).to(fz.dtype), state  # type: ignore[arg-type]
+        return settled(following, fz), state  # type: ignore[arg-type]
 
     def _shares(self, products: Tensor) -> Tensor:
-        """The weights a (batch, pairs): not finite where the system cannot be solved."""
-        pairs = products.shape[1]
-        scale = products.diagonal(dim1=1, dim2=2).mean(1).clamp_min(torch.finfo(torch.float32).tiny)
-        # In float64: the products are squares, of which the last ones are far smaller than the first.
+        """The weights a (batch, pairs); the last one alone where the system cannot be solved. With b_i = a_i / c_i:
+
+            [0  c'] [l]   [1]        c_i = 1 / |g_i|
+            [c  S ] [b] = [0]        S_ij = G_ij c_i c_j, and S_ii more by the regularisation
+
+        In float64: the products are squares, of which the last ones are far smaller than the first.
+        """
         exact = torch.float32 if products.device.type == "mps" else torch.float64
-        system = (products / scale[:, None, None]).to(exact)
-        system = system + self.regularisation * torch.eye(pairs, dtype=exact, device=products.device)
-        ones = system.new_ones(len(products), pairs, 1)
-        found, failed = torch.linalg.solve_ex(system, ones)
-        shares = found.squeeze(2)
-        shares = shares / shares.sum(1, keepdim=True)
-        return shares.masked_fill((failed != 0)[:, None], torch.nan).float()
+        batch, pairs = products.shape[:2]
+        gram = products.to(exact)
+        c = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(exact).tiny ** 0.5).rsqrt()
+        eye = torch.eye(pairs + 1, dtype=exact, device=products.device)
+        system = eye.new_zeros(batch, pairs + 1, pairs + 1)
+        system[:, 1:, 1:] = gram * c[:, :, None] * c[:, None, :] + self.regularisation * eye[1:, 1:]
+        # Weights do not depend on the scale of all residuals, but how well the system can be solved does.
+        system[:, 0, 1:] = system[:, 1:, 0] = c / c.amax(1, keepdim=True)
+        with torch.no_grad():
+            found, failed = torch.linalg.solve_ex(system, eye[:, :1].expand(batch, -1, 1))
+            failed = ((failed != 0) | ~found.isfinite().all(1)[:, 0])[:, None, None]
+        # Failed systems are taken out before they are solved, since their gradient would not be finite either.
+        right = torch.where(failed, eye[:, -1:], eye[:, :1])
+        found, _ = torch.linalg.solve_ex(torch.where(failed, eye, system), right)
+        shares = torch.where(failed[:, :, 0], eye[-1, 1:], found[:, 1:, 0] * torch.where(failed[:, :, 0], 1, c))
+        return (shares / shares.sum(1, keepdim=True)).to(products.dtype)
 
 
 class Updates(NamedTuple):
@@ -133,7 +144,7 @@ class Broyden:
     """Broyden's good method (Broyden 1965) for g(z) = 0, with the inverse Jacobian as the last `memory` updates of rank
     one of -I, whose first step is the plain one.
 
-    memory  at least 1; the oldest update is forgotten
+    memory  at least 1; when it is full, all updates are forgotten
 
     Raises ValueError for a smaller memory.
     """
@@ -147,20 +158,21 @@ class Broyden:
         return Updates(None, None, (), ())
 
     def step(self, z: Tensor, fz: Tensor, state: Updates) -> tuple[Tensor, Updates]:
-        z_flat, value = flat(z), flat(fz)
-        residual = value - z_flat
-        lefts, rights = state.lefts, state.rights
+        z_flat = flat(z)
+        residual = flat(fz) - z_flat
+        # A full memory is begun anew: to forget the oldest update alone would break what the later ones were built on.
+        full = len(state.lefts) >= self.memory
+        lefts, rights = ((), ()) if full else (state.lefts, state.rights)
         if state.z is not None:
             moved, changed = z_flat - state.z, residual - state.residual  # type: ignore[operator]
             right = transposed(moved, lefts, rights)
-            size = (right * changed).sum(1, keepdim=True)
-            left = (moved - applied(changed, lefts, rights)) / size
-            usable = (left.isfinite().all(1) & right.isfinite().all(1))[:, None]
-            lefts = (*lefts, left.where(usable, 0))[-self.memory :]
-            rights = (*rights, right.where(usable, 0))[-self.memory :]
+            size, left = (right * changed).sum(1, keepdim=True), moved - applied(changed, lefts, rights)
+            usable = ((left / size).isfinite().all(1) & right.isfinite().all(1))[:, None]
+            # What is not usable is taken out before the division, whose gradient would not be finite either.
+            lefts = (*lefts, left.where(usable, 0) / size.where(usable, 1))
+            rights = (*rights, right.where(usable, 0))
         following = z_flat - applied(residual, lefts, rights)
-        state = Updates(z_flat, residual, lefts, rights)
-        return settled(following, value).view_as(fz).to(fz.dtype), state
+        return settled(following, fz), Updates(z_flat, residual, lefts, rights)
 
 
 def applied(x: Tensor, lefts: tuple[Tensor, ...], rights: tuple[Tensor, ...]) -> Tensor:
@@ -181,9 +193,10 @@ def flat(z: Tensor) -> Tensor:
     return z.flatten(1).to(torch.promote_types(z.dtype, torch.float32))
 
 
-def settled(following: Tensor, value: Tensor) -> Tensor:
-    """`following` (batch, P), but `value` for the samples of which something is not finite."""
-    return following.where(following.isfinite().all(1)[:, None], value)
+def settled(following: Tensor, fz: Tensor) -> Tensor:
+    """`following` (batch, P) in the shape and type of fz, but fz for the samples of which something is not finite."""
+    following = following.to(fz.dtype)
+    return following.where(following.isfinite().all(1)[:, None], fz.flatten(1)).view_as(fz)
 
 
 def check_damping(damping: float) -> None:
@@ -194,19 +207,3 @@ def check_damping(damping: float) -> None:
 def check_memory(memory: int) -> None:
     if not isinstance(memory, int) or memory < 1:
         raise ValueError(f"memory is {memory!r}; it must be an integer of at least 1")
-
-
-SOLVERS: dict[str, type[Picard] | type[Anderson] | type[Broyden]] = {
-    "picard": Picard,
-    "anderson": Anderson,
-    "broyden": Broyden,
-}
-
-
-def solver_of(solver: "str | Solver") -> Solver:
-    """The solver of a name with its defaults, or the solver itself. Raises ValueError for an unknown name."""
-    if not isinstance(solver, str):
-        return solver
-    if solver not in SOLVERS:
-        raise ValueError(unknown("solver", solver, SOLVERS))
-    return SOLVERS[solver]()

@@ -1,26 +1,51 @@
 """How images are drawn under a budget: plan, sampler, report."""
 
-from fpdm.sampling.budget import ALLOCATIONS, DEFAULT_BUDGET, Cost, Plan, apportion, make_plan
-from fpdm.sampling.operations import operations_of, total
+from fpdm.sampling.budget import ALLOCATIONS, DEFAULT_BUDGET, Cost, Plan, apportion, check_allocation, make_plan
+from fpdm.sampling.guidance import Guidance
+from fpdm.sampling.operations import cost_of, operations_of, total
+from fpdm.sampling.profile import Profile, levels_of, measure_profile
 from fpdm.sampling.report import Report
-from fpdm.sampling.sampler import cost_of, image_generators, initial_noise, sample
-from fpdm.sampling.schedulers import SCHEDULERS, Stepper, trailing_timesteps
+from fpdm.sampling.reuse import REUSE, check_reuse
+from fpdm.sampling.sampler import image_generators, initial_noise, sample
+from fpdm.sampling.schedulers import SCHEDULERS, Stepper, name_of, trailing_timesteps
+from fpdm.sampling.solvers import SOLVERS, solver_of
+from fpdm.sampling.spending import Purse
+from fpdm.sampling.timing import Seconds, measure_seconds
+from fpdm.sampling.tuned import TunedPlan, add_plans, load_plans, nearest_plan, save_plans
 
 __all__ = [
     "ALLOCATIONS",
     "DEFAULT_BUDGET",
+    "REUSE",
     "SCHEDULERS",
+    "SOLVERS",
     "Cost",
+    "Guidance",
     "Plan",
+    "Profile",
+    "Purse",
     "Report",
+    "Seconds",
     "Stepper",
+    "TunedPlan",
+    "add_plans",
     "apportion",
+    "check_allocation",
+    "check_reuse",
     "cost_of",
     "image_generators",
     "initial_noise",
+    "levels_of",
+    "load_plans",
     "make_plan",
+    "measure_profile",
+    "measure_seconds",
+    "name_of",
+    "nearest_plan",
     "operations_of",
     "sample",
+    "save_plans",
+    "solver_of",
     "total",
     "trailing_timesteps",
 ]

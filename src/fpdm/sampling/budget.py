@@ -7,6 +7,7 @@
 Guidance's second evaluation of the network is not part of the budget; reports name it beside.
 """
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from typing import Any
 
 from fpdm.names import unknown
 
-ALLOCATIONS = ("constant", "rising", "falling")
+# Of weights that go from 1 - slope / 2 to 1 + slope / 2 in sampling order, as a straight line or half a cosine.
+SHAPES = ("linear", "cosine")
+ALLOCATIONS = ("constant", "rising", "falling", *SHAPES)
 DEFAULT_BUDGET = 160
 DEFAULT_ITERATIONS = 2  # short solves at many timesteps: smoothing, with reuse to carry the solution on
 
@@ -71,6 +74,7 @@ def make_plan(
     iterations: int | Sequence[int] | None = None,
     allocation: str | Sequence[float] = "constant",
     max_steps: int = 1000,
+    odd: bool = False,
 ) -> Plan:
     """The plan that follows from any sensible choice of budget, timesteps and iterations.
 
@@ -78,15 +82,17 @@ def make_plan(
     num_steps   timesteps T; with a budget and more timesteps, fewer iterations each (smoothing)
     iterations  at every timestep, or a list with one entry per timestep; with a budget alone it settles how many
                 timesteps there are, and what is left over goes to them as further iterations
-    allocation  how iterations are shared out over the timesteps: "constant", "rising" or "falling" (weights linear
-                between 0.5 and 1.5, in sampling order, noise to image), or a weight per timestep
+    allocation  how iterations are shared out over the timesteps, in sampling order (noise to image): "constant";
+                "linear:S" or "cosine:S", weights from 1 - S/2 to 1 + S/2, S between -2 and 2; "rising" for "linear:1",
+                "falling" for "linear:-1"; or a weight per timestep
+    odd         whether the number of timesteps must be odd, as Heun's method needs
 
     Raises ValueError where the choices contradict each other or the budget is too small, naming the smallest possible.
     """
     budget, num_steps = _whole("budget", budget), _whole("num_steps", num_steps)
     if cost.per_iteration == 0:
         _refuse_allocation(allocation, "an explicit DiT")
-        return _explicit_plan(cost, budget, num_steps, iterations, max_steps)
+        return _explicit_plan(cost, budget, num_steps, iterations, max_steps, odd)
     iterations = getattr(iterations, "tolist", lambda: iterations)()  # NumPy's arrays and numbers
     if isinstance(iterations, Sequence):
         _refuse_allocation(allocation, "a list of iterations")
@@ -95,7 +101,7 @@ def make_plan(
     iterations = _whole("iterations", iterations)
     if num_steps is None:
         budget = asked = DEFAULT_BUDGET if budget is None else budget
-        num_steps = _steps_for(cost, budget, iterations, max_steps)
+        num_steps = fitting(_steps_for(cost, budget, iterations, max_steps), odd)
     else:
         budget, asked = _budget_for(cost, budget, num_steps, iterations), budget
     _check_steps(num_steps, max_steps)
@@ -122,6 +128,11 @@ def _steps_for(cost: Cost, budget: int, iterations: int | None, max_steps: int) 
         count = f"{iterations} iterations" if iterations else "1 iteration"
         raise ValueError(f"a budget of {budget} block passes is too small: one timestep with {count} needs {least}")
     return min(max_steps, max(1, budget // cost.passes(iterations or DEFAULT_ITERATIONS)))
+
+
+def fitting(num_steps: int, odd: bool) -> int:
+    """The largest number of timesteps that may be, up to this one."""
+    return num_steps - 1 if odd and num_steps % 2 == 0 else num_steps
 
 
 def _budget_for(cost: Cost, budget: int | None, num_steps: int, iterations: int | None) -> int:
@@ -175,23 +186,46 @@ def _whole(name: str, value: Any) -> int | None:
 
 def _refuse_allocation(allocation: str | Sequence[float], what: str) -> None:
     """A plan without anything to share out: the allocation must at least be a known one, and the default."""
-    if isinstance(allocation, str) and allocation not in ALLOCATIONS:
-        raise ValueError(unknown("allocation", allocation, ALLOCATIONS))
+    if isinstance(allocation, str):
+        check_allocation(allocation)
     if allocation != "constant":
         raise ValueError(f"{what} leaves nothing to share out over the timesteps: leave the allocation out")
 
 
+def check_allocation(name: str) -> None:
+    """Raises ValueError for what is not the name of an allocation."""
+    _shaped(name, 1)
+
+
 def _weights(allocation: str | Sequence[float], count: int) -> list[Fraction]:
     if isinstance(allocation, str):
-        if allocation not in ALLOCATIONS:
-            raise ValueError(unknown("allocation", allocation, ALLOCATIONS))
-        ramp = [Fraction(count - 1 + 2 * i) if count > 1 else Fraction(1) for i in range(count)]  # 0.5 to 1.5, scaled
-        return {"constant": [Fraction(1)] * count, "rising": ramp, "falling": ramp[::-1]}[allocation]
+        return _shaped(allocation, count)
     if len(allocation) != count:
         raise ValueError(f"{len(allocation)} weights for {count} timesteps: give one per timestep")
     if not all(0 < weight < float("inf") for weight in allocation):
         raise ValueError(f"weights must be positive and finite, not {list(allocation)}")
     return [Fraction(float(weight)) for weight in allocation]
+
+
+def _shaped(allocation: str, count: int) -> list[Fraction]:
+    """The weights of a named shape: exact fractions, but for a cosine."""
+    given, colon, text = allocation.partition(":")
+    shape, default = {"rising": ("linear", "1"), "falling": ("linear", "-1")}.get(given, (given, "1"))
+    if shape not in ALLOCATIONS or (colon and given not in SHAPES):
+        raise ValueError(unknown("allocation", allocation, [*ALLOCATIONS[:3], *(f"{name}:SLOPE" for name in SHAPES)]))
+    try:
+        slope = Fraction(text if colon else default)
+    except (ZeroDivisionError, ValueError):
+        slope = Fraction(2)
+    if not -2 < slope < 2:
+        raise ValueError(f"the slope in {allocation!r} must be a number between -2 and 2, both left out")
+    if shape == "constant" or count == 1:
+        return [Fraction(1)] * count
+    places = [Fraction(i, count - 1) for i in range(count)]
+    if shape == "cosine":  # exactly symmetric, so that falling mirrors rising
+        half = [Fraction((1 - math.cos(math.pi * place)) / 2) for place in places[: count // 2]]
+        places = [*half, *[Fraction(1, 2)] * (count % 2), *(1 - place for place in reversed(half))]
+    return [1 + slope * (place - Fraction(1, 2)) for place in places]
 
 
 def _listed_plan(cost: Cost, budget: int | None, num_steps: int | None, iterations: list[int], max_steps: int) -> Plan:
@@ -213,16 +247,17 @@ def _explicit_plan(
     num_steps: int | None,
     iterations: int | Sequence[int] | None,
     max_steps: int,
+    odd: bool,
 ) -> Plan:
     if iterations is not None:
         raise ValueError("an explicit DiT has no iterations: give a budget or a number of timesteps")
     if num_steps is None:
         budget = DEFAULT_BUDGET if budget is None else budget
-        num_steps = min(max_steps, budget // cost.fixed)
+        num_steps = fitting(min(max_steps, budget // cost.fixed), odd)
     smallest = max(1, num_steps) * cost.fixed
     if budget is not None and budget < smallest:
         raise ValueError(f"a budget of {budget} block passes is too small: the smallest possible is {smallest}")
-    if budget is not None and num_steps < min(max_steps, budget // cost.fixed):
+    if budget is not None and num_steps < fitting(min(max_steps, budget // cost.fixed), odd):
         raise ValueError(
             f"{num_steps} timesteps of an explicit DiT cost {smallest} block passes, not {budget}: leave one out"
         )

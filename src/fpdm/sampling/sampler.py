@@ -1,7 +1,7 @@
 """Model + scheduler + plan -> images and a report.
 
-Nothing is kept between calls: the warm start travels in a local variable, the scheduler is built anew, and every random
-number comes from the generator of its image.
+Nothing is kept between calls: what is carried over from timestep to timestep is in local variables, the scheduler is
+built anew, and every random number comes from the generator of its image.
 """
 
 import time
@@ -11,21 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fpdm.fixedpoint import Picard, Solution, Solve, Solver
 from fpdm.keyed import generator
-from fpdm.models import Denoiser, DiT
-from fpdm.sampling.budget import Cost, Plan
-from fpdm.sampling.report import Report
+from fpdm.models import Denoiser
+from fpdm.sampling.budget import Plan
+from fpdm.sampling.guidance import Guidance
+from fpdm.sampling.operations import cost_of, operations_of
+from fpdm.sampling.report import Report, report_of
+from fpdm.sampling.reuse import Carry
 from fpdm.sampling.schedulers import Stepper
+from fpdm.sampling.spending import Purse
 
+PICARD, NO_GUIDANCE = Picard(), Guidance()
 OnStep = Callable[[int, int, Tensor], Tensor | None]
-
-
-def cost_of(model: Denoiser) -> Cost:
-    """The block passes of one call of `model`."""
-    if isinstance(model, DiT):
-        return Cost(model.passes(), 0)
-    one, two = model.passes(1), model.passes(2)
-    return Cost(one - (two - one), two - one)
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -49,80 +47,50 @@ def sample(
     generators: Sequence[torch.Generator],
     *,
     scheduler: str | None = None,
-    reuse: bool = True,
-    guidance_scale: float = 1.0,
+    solver: Solver = PICARD,
+    tolerance: float | None = None,
+    pooled: bool = False,
+    reuse: str = "plain",
+    guidance: Guidance = NO_GUIDANCE,
     on_step: OnStep | None = None,
 ) -> tuple[Tensor, Report]:
     """Draw images (B, C, H, W) float32 from `noise` of that shape, of classes `labels` (B,) or none.
 
-    template        a diffusers scheduler, of which a fresh one of kind `scheduler` is made
-    plan            iterations per timestep; spent exactly
-    generators      one per image, for what a stochastic scheduler draws
-    reuse           start each solve from the solution at the timestep before
-    guidance_scale  1 for none (Ho and Salimans 2022); all channels of the prediction are guided, the variance is not
-    on_step         called with (index, timestep, x) after each timestep; may return an x to go on with
+    template    a diffusers scheduler, of which a fresh one of kind `scheduler` is made
+    plan        iterations per timestep; spent exactly, or at most under a tolerance
+    generators  one per image, for what a stochastic scheduler draws
+    tolerance   relative residual at which an image's solve stops; for what is left over, and `pooled`, see `Purse`
+    reuse       what a solve starts from: see `Carry`
+    on_step     called with (index, timestep, x) after each timestep; may return an x to go on with
     """
-    guided = guidance_scale != 1.0
     stepper = Stepper(template, scheduler, plan.num_steps, model.config.learned_variance)
     x, started = noise.float(), time.perf_counter()
     y = torch.full((len(x),), model.null_class, device=x.device) if labels is None else labels.to(x.device)
-    if guided:
-        y = torch.cat([y, torch.full_like(y, model.null_class)])
-    init, solutions = None, []
+    null = torch.full_like(y, model.null_class)
+    carry, purse = Carry(reuse), Purse(len(x), tolerance, pooled)
+    solutions: list[Solution | None] = []
 
     for index, (t, iterations) in enumerate(zip(stepper.timesteps, plan.iterations, strict=True)):
-        inputs = torch.cat([x, x]) if guided else x
-        counts = {} if iterations is None else {"iterations": iterations, "init": init}
-        output = model(inputs, t, y, **counts)
+        guided, level = guidance.at(t), stepper.level(index)
+        inputs, classes = (torch.cat([x, x]), torch.cat([y, null])) if guided else (x, y)
+        if iterations is None:
+            output = model(inputs, t, classes)
+        else:
+            solve = Solve(stopping=purse.stopping(iterations, guidance, guided), solver=solver)
+            output = model(inputs, t, classes, solve=solve, init=carry.start(level, len(inputs)))
+            carry.add(level, output.solution.value)
+            if tolerance is not None:
+                purse.spend(iterations, guidance, guided, output.solution.iterations.tolist())
         solutions.append(output.solution)
-        if reuse and output.solution is not None:
-            init = output.solution.value
-        prediction = _guide(output.sample.float(), x.shape[1], guidance_scale) if guided else output.sample.float()
+        prediction = output.sample.float()
+        prediction = guidance.combined(prediction, x.shape[1]) if guided else prediction
         x = stepper.step(prediction, index, x, list(generators))
         if on_step is not None and (replaced := on_step(index, t, x)) is not None:
             x = replaced
 
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
-    return x, _report(model, plan, stepper.timesteps, solutions, x, guided, time.perf_counter() - started)
-
-
-def _guide(output: Tensor, channels: int, scale: float) -> Tensor:
-    """Classifier-free guidance of the prediction; the variance's channels are the conditional ones."""
-    conditional, unconditional = output.chunk(2)
-    guided = torch.lerp(unconditional[:, :channels], conditional[:, :channels], scale)
-    return torch.cat([guided, conditional[:, channels:]], dim=1)
-
-
-def _report(
-    model: Denoiser, plan: Plan, timesteps: list[int], solutions: list[Any], x: Tensor, guided: bool, seconds: float
-) -> Report:
-    cost, images = cost_of(model), len(x)
-    if plan.iterations[0] is None:
-        spent, residuals = cost.fixed * len(solutions), []
-    else:
-        iterations = torch.stack([solution.iterations[:images] for solution in solutions]).cpu()  # (T, B)
-        per_image = (cost.fixed + cost.per_iteration * iterations).sum(0)
-        assert (per_image == plan.planned).all(), f"planned {plan.planned} block passes, spent {per_image.tolist()}"
-        spent = int(per_image[0])
-        residuals = [_mean_of_finite(solution.residuals) for solution in solutions]
-    assert spent == plan.planned, f"planned {plan.planned} block passes, spent {spent}"
-    return Report(
-        images=images,
-        asked=plan.asked,
-        planned=plan.planned,
-        spent=spent,
-        total_passes=spent * (2 if guided else 1),
-        timesteps=timesteps,
-        iterations=list(plan.iterations),
-        residuals=residuals,
-        diverged=int((~x.isfinite().flatten(1).all(1)).sum()),
-        seconds=seconds,
-    )
-
-
-def _mean_of_finite(residuals: Tensor) -> list[float]:
-    """The mean residual of each iteration, (iterations, B) -> (iterations,), over the images that had not diverged: one
-    must not hide the others, and JSON knows no NaN. 0 where all had; the report counts those."""
-    finite = residuals.isfinite()
-    return (residuals.masked_fill(~finite, 0).sum(1) / finite.sum(1).clamp_min(1)).tolist()
+    seconds = time.perf_counter() - started
+    guided_at = [guidance.at(t) for t in stepper.timesteps]
+    costs = cost_of(model), operations_of(model)
+    return x, report_of(plan, *costs, stepper.timesteps, solutions, x, guided_at, purse, seconds)

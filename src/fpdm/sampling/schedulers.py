@@ -1,45 +1,76 @@
 """diffusers' schedulers, made to fit: a template is read, never stepped; each sampling builds its own.
 
-Every scheduler is handed x0, already clipped where the template clips, instead of what the network predicts. So
-clipping is the same for all of them, and one scheduler cannot misread a prediction that another reads rightly.
+Every scheduler is handed x0, already clipped where the template clips, or what follows from it, instead of what the
+network predicts. So clipping is the same for all of them, and all take every kind of prediction.
 """
 
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from fpdm.diffusion import PREDICTION_TYPES, predicted_x0
 from fpdm.names import unknown
 
-SCHEDULERS = ("ddpm", "ddim", "dpm++")
+# By name, the kind of template that means the same.
+KINDS: dict[str, Any] = {
+    "ddpm": DDPMScheduler,
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+}
+SCHEDULERS = tuple(KINDS)
 UNSUPPORTED = ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
                "use_flow_sigmas")  # fmt: skip
+LEAST_SIGNAL = 1e-6  # alpha_bar at the noisiest timestep, below which Heun's first step, in units of 1 / it, is no use
 
 
 class Stepper:
-    """One sampling's scheduler: `timesteps`, and `step` from x_t to the next.
+    """One sampling's scheduler: `timesteps`, one per call of the network, and `step` from x_t to the next.
 
     template          a diffusers scheduler, read for its noise schedule, prediction type and clipping, and order
                       and kind of a DPM-Solver++; timesteps are always "trailing" and end at a clean image
-    name              "ddpm", "ddim" or "dpm++" (second-order multistep); None takes the template's own kind
-    num_steps         timesteps, spaced evenly from the noisiest ("trailing")
+    name              one of `SCHEDULERS`; None takes the template's own kind
+    num_steps         calls of the network; their timesteps are spaced evenly from the noisiest ("trailing")
     learned_variance  whether the network's output has a second half; only DDPM has a use for it
 
-    Raises ValueError for a scheduler that is none of these.
+    Raises ValueError for a scheduler that is none of these, or does not fit the noise schedule or number of calls.
     """
 
     def __init__(self, template: Any, name: str | None, num_steps: int, learned_variance: bool):
-        self.scheduler = _build(template, name, learned_variance)
+        self.name = name_of(template, name)
         self.kind = template.config.prediction_type
         self.clip = template.config.get("clip_sample_range", 1.0) if template.config.get("clip_sample", False) else None
         self.learned_variance = learned_variance
-        self.timesteps = trailing_timesteps(template.config.num_train_timesteps, num_steps)
-        self.scheduler.set_timesteps(timesteps=self.timesteps)
+        settings = _settings(template)
+        distinct = num_steps if self.name != "heun" else _heun_timesteps(num_steps)
+        timesteps = trailing_timesteps(template.config.num_train_timesteps, distinct)
+        self.scheduler = _build(self.name, template, learned_variance, settings)
         # The unclamped table: diffusers' solvers put 2**-24 where a zero terminal SNR has 0.
         self.alpha_bar = (1 - self.scheduler.betas.double()).cumprod(0).float()
+        if self.name == "heun" and self.alpha_bar[-1] < LEAST_SIGNAL:
+            others = ", ".join(other for other in SCHEDULERS if other != "heun")
+            raise ValueError(
+                f"heun cannot start from noise without any signal, as this noise schedule does: take {others}"
+            )
+        _set_timesteps(self.scheduler, timesteps)
+        self.timesteps = [int(t) for t in self.scheduler.timesteps]
+
+    def level(self, index: int) -> float:
+        """The noise level alpha_bar at which call number `index` is made."""
+        return float(self.alpha_bar[self.timesteps[index]])
 
     def step(self, output: Tensor, index: int, x: Tensor, generators: list[torch.Generator]) -> Tensor:
         """The next x (B, C, H, W) from `x` and the network's `output` (B, C or 2C, H, W) at timestep number `index`.
@@ -53,9 +84,33 @@ class Stepper:
             x0 = x0.clamp(-self.clip, self.clip)
         if index == len(self.timesteps) - 1:
             return x0  # the mean of the last step; diffusers' DDPM would add noise to it unless t is exactly 0
-        if variance is not None and isinstance(self.scheduler, DDPMScheduler):
+        if self.name == "heun":
+            return self._heun(x0, x, index)
+        if variance is not None and self.name == "ddpm":
             x0 = torch.cat([x0, variance], dim=1)
-        return self.scheduler.step(x0, t, x, generator=generators, return_dict=False)[0]
+        draws = {} if self.name == "unipc" else {"generator": generators}  # it draws nothing, and knows of none
+        return self.scheduler.step(x0, t, x, return_dict=False, **draws)[0]
+
+    def _heun(self, x0: Tensor, x: Tensor, index: int) -> Tensor:
+        """diffusers' Heun keeps x / sqrt(alpha_bar), and takes the noise that x0 tells of."""
+        sigmas = self.scheduler.sigmas
+        here, following = ((1 + sigmas[i] ** 2).sqrt() for i in (index, index + 1))
+        scaled = x * here
+        noise = (scaled - x0) / sigmas[index]
+        return self.scheduler.step(noise, self.scheduler.timesteps[index], scaled, return_dict=False)[0] / following
+
+
+def name_of(template: Any, name: str | None) -> str:
+    """The name of the scheduler that is meant. Raises ValueError if it is none that is supported."""
+    if name is not None and name not in KINDS:
+        raise ValueError(unknown("scheduler", name, KINDS))
+    own = next((own for own, kind in KINDS.items() if isinstance(template, kind)), None)
+    if own is None:
+        kinds = ", ".join(kind.__name__ for kind in KINDS.values())
+        raise ValueError(
+            f"{type(template).__name__} is not supported; those that are: {kinds}, or by name {', '.join(KINDS)}"
+        )
+    return name or own
 
 
 def trailing_timesteps(num_train_timesteps: int, num_steps: int) -> list[int]:
@@ -67,37 +122,64 @@ def trailing_timesteps(num_train_timesteps: int, num_steps: int) -> list[int]:
     return [round(num_train_timesteps - i * spacing) - 1 for i in range(num_steps)]
 
 
-def _build(template: Any, name: str | None, learned_variance: bool) -> Any:
+def _heun_timesteps(calls: int) -> int:
+    """The timesteps of Heun's method for so many calls: two at each but the last."""
+    if calls % 2 == 0:
+        raise ValueError(
+            f"heun calls the network twice at every timestep but one, so an odd number of times in all, not "
+            f"{calls}: take {calls - 1} or {calls + 1} steps"
+        )
+    return (calls + 1) // 2
+
+
+def _settings(template: Any) -> dict[str, Any]:
+    """What all schedulers are built with. Raises ValueError for a template that sets what no scheduler here knows."""
     config = template.config
     if bad := [option for option in UNSUPPORTED if config.get(option, False)]:
         raise ValueError(f"the scheduler sets {', '.join(bad)}, which is not supported here: leave it off")
-    if name is not None and name not in SCHEDULERS:
-        raise ValueError(unknown("scheduler", name, SCHEDULERS))
-    if not isinstance(template, DDPMScheduler | DDIMScheduler | DPMSolverMultistepScheduler):
-        raise ValueError(
-            f"{type(template).__name__} is not supported; those that are: DDPMScheduler, DDIMScheduler, "
-            f"DPMSolverMultistepScheduler, or by name {', '.join(SCHEDULERS)}"
-        )
     if config.prediction_type not in PREDICTION_TYPES:
         raise ValueError(unknown("prediction type", config.prediction_type, PREDICTION_TYPES))
-    if config.rescale_betas_zero_snr and config.prediction_type == "epsilon":
+    zero_snr = config.get("rescale_betas_zero_snr", False)  # Heun knows no such thing
+    if zero_snr and config.prediction_type == "epsilon":
         raise ValueError('zero terminal SNR goes with prediction_type "v_prediction" or "sample", not with "epsilon"')
-    settings = {
+    return {
         "num_train_timesteps": config.num_train_timesteps,
         "trained_betas": template.betas.tolist(),  # whatever they came from: not every scheduler knows every schedule
-        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,  # once more does no harm, and DPM-Solver++ must know
         "prediction_type": "sample",
         "timestep_spacing": "trailing",
+        "rescale_betas_zero_snr": zero_snr,  # once more does no harm, and the multistep solvers must know
     }
-    if name == "ddpm" or (name is None and isinstance(template, DDPMScheduler)):
+
+
+def _build(name: str, template: Any, learned_variance: bool, settings: dict[str, Any]) -> Any:
+    config = template.config
+    if name == "ddpm":
         variance = "learned_range" if learned_variance else "fixed_small"
         return DDPMScheduler(variance_type=variance, clip_sample=False, **settings)
-    if name == "ddim" or (name is None and isinstance(template, DDIMScheduler)):
-        # The first-order DPM-Solver is DDIM (Lu et al. 2022, sec. 4.1). diffusers' own DDIM steps to t - 1000 // T,
-        # which is not the next timestep where T does not divide 1000.
+    if name in ("ddim", "euler"):
+        # The first-order DPM-Solver is DDIM (Lu et al. 2022, sec. 4.1); so is Euler's method for x / sqrt(alpha_bar).
+        # diffusers' own DDIM steps to t - 1000 // T, which is not the next timestep where T does not divide 1000; its
+        # Euler loses digits where alpha_bar is small.
         return DPMSolverMultistepScheduler(solver_order=1, **settings)
-    if name is None:
+    if name == "unipc":
+        order = config.get("solver_order", 2) if isinstance(template, UniPCMultistepScheduler) else 2
+        return UniPCMultistepScheduler(solver_order=order, **settings)
+    if name == "heun":
+        del settings["rescale_betas_zero_snr"]
+        return HeunDiscreteScheduler(**{**settings, "prediction_type": "epsilon"})
+    if isinstance(template, DPMSolverMultistepScheduler):
         if "++" not in config.algorithm_type:
             raise ValueError(f'algorithm_type {config.algorithm_type!r} is not supported: take "dpmsolver++"')
         settings |= {key: config[key] for key in ("solver_order", "algorithm_type", "solver_type")}
     return DPMSolverMultistepScheduler(**settings)
+
+
+def _set_timesteps(scheduler: Any, timesteps: list[int]) -> None:
+    if not isinstance(scheduler, UniPCMultistepScheduler):
+        scheduler.set_timesteps(timesteps=timesteps)
+        return
+    scheduler.set_timesteps(len(timesteps))  # which takes no list, and may count wrongly
+    table = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()
+    scheduler.sigmas = torch.cat([table[torch.from_numpy(np.array(timesteps))], torch.zeros(1)]).float()
+    scheduler.timesteps = torch.tensor(timesteps)
+    scheduler.num_inference_steps = len(timesteps)

@@ -1,0 +1,68 @@
+"""Find, for a trained model, the plan with the best images at each budget, and keep it with the model.
+
+  fpdm tune runs/digits --data digits --budget 40,80,160
+
+measures how the model's predictions converge, derives plans from it, and compares a short-list by the distance of their
+images to the data. `fpdm sample runs/digits --budget 80` then uses what was found. Ctrl-C stops; the same command goes
+on.
+"""
+
+import argparse
+from pathlib import Path
+
+from fpdm.cli.evaluate import LEAST, add_measuring_arguments
+from fpdm.cli.quiet import quiet_libraries
+from fpdm.cli.sample import check_counts
+from fpdm.cli.sweep import numbers, words
+from fpdm.files import check_writable
+from fpdm.names import needs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a run or model folder, or LABEL=PATH")
+    parser.add_argument("--budget", default="40,80,160", metavar="N,N...", help="block passes per image (40,80,160)")
+    parser.add_argument("--out", metavar="DIR", help="folder for what is measured (default: tune, in the model's run)")
+    parser.add_argument("--schedulers", default="dpm++,unipc,ddpm", metavar="NAME,...", help="(dpm++,unipc,ddpm)")
+    parser.add_argument("--num-images", type=int, default=1000, metavar="N", help="in the last round (1000)")
+    parser.add_argument("--seed", type=int, default=1, help="of the samples: not one to report results of (1)")
+    parser.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="1 for none (1)")
+    add_measuring_arguments(parser)
+    computing = parser.add_argument_group("computing")
+    computing.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
+    computing.add_argument("--processes", type=int, default=1, metavar="N", help="plans at a time (1)")
+    computing.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
+    computing.add_argument("--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="of the weights")
+
+
+def run(options: argparse.Namespace) -> int:
+    check_counts(options, LEAST)
+    budgets, schedulers = numbers("--budget", options.budget), words(options.schedulers)
+    if options.processes < 1:
+        raise ValueError(f"--processes is {options.processes}; it must be at least 1")
+    path = Path(options.model.partition("=")[2] or options.model)
+    out = Path(options.out) if options.out else path / "tune"
+    check_writable(out)
+    needs("matplotlib", "plots")
+
+    quiet_libraries()
+    from fpdm.experiments.page import write_report
+    from fpdm.experiments.sweep import Settings, all_points
+    from fpdm.experiments.tune import tune_model
+
+    names = [name for name in Settings.__dataclass_fields__ if hasattr(options, name)]
+    settings = Settings(**{name: getattr(options, name) for name in names})
+    try:
+        plans = tune_model(options.model, budgets, schedulers, settings, out, options.seed, options.processes)
+    finally:
+        for folder in sorted(out.glob("round-*")):
+            if points := all_points(folder):
+                write_report(points, folder)
+    for plan in plans:
+        found = plan.found
+        print(
+            f"{plan.budget:6} block passes: {len(plan.iterations)} timesteps, {plan.scheduler}, reuse {plan.reuse}, "
+            f"{plan.solver}: {found['distance']} {found['value']:.3g}; the best by hand, {found['plan_by_hand']}, has "
+            f"{found['by_hand']:.3g}"
+        )
+    print(f"kept with the model; all that was measured is in {out}")
+    return 0

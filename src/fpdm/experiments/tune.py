@@ -1,0 +1,182 @@
+"""The plan with the best images at each budget, for a trained model: found by measuring the model itself.
+
+    1  Profile: how far a prediction is from the converged one, by noise level and iteration; from it, for every number
+       of timesteps, the iterations that leave the smallest error (see `fpdm.sampling.profile`).
+    2  Round 1: numbers of timesteps x schedulers, with equal iterations and with the profile's. Few images each.
+    3  Round 2: the best of these with every kind of reuse, another solver, and ramps of iterations. More images.
+    4  Round 3: the short-list, with the best plan of equal iterations from round 1 among it. All images.
+
+Each round is a sweep in a folder of its own: OUT/round-1 and so on, with its points and its report. An interrupted one
+goes on where it was. All candidates of a round are drawn with the same seed, so that they differ in the plan alone.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fpdm.drawing import Choices, load_pipeline
+from fpdm.evaluation import Evaluation
+from fpdm.experiments.sweep import Point, Settings, labelled, run_points
+from fpdm.models import DiT, FixedPointDiT
+from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.sampling import (
+    Profile,
+    TunedPlan,
+    add_plans,
+    cost_of,
+    image_generators,
+    initial_noise,
+    levels_of,
+    measure_profile,
+)
+from fpdm.weights import digest
+
+MEANS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0)  # iterations per timestep, on average
+SHARES = (0.25, 0.5, 1.0)  # of all images, in each round
+KEPT = (3, 4)  # candidates that go on to the next round
+PROFILED = 32  # images
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """What a tuning works with. `profile` is None for a network without iterations."""
+
+    label: str
+    folder: str
+    identity: str
+    pipe: FixedPointDiTPipeline
+    profile: Profile | None
+    schedulers: tuple[str, ...]
+    settings: Settings
+    out: Path
+    seed: int
+    processes: int
+    say: Callable[[str], None]
+
+    def tune(self, budget: int) -> TunedPlan:
+        """The best plan of a budget."""
+        first = self.measured(1, budget, self.first(budget))
+        by_hand = [choices for choices, _ in first if not isinstance(choices.iterations, tuple)]
+        second = self.measured(2, budget, self.variants(choices for choices, _ in first[: KEPT[0]]))
+        listed = [*(choices for choices, _ in second[: KEPT[1]]), by_hand[0]]
+        third = self.measured(3, budget, listed)
+        best, row = third[0]
+        of_hand = next(row for choices, row in third if choices == by_hand[0])
+        evaluation, plan = Evaluation.from_dict(row["evaluation"]), best.plan(self.pipe)
+        found = {
+            "data": self.settings.data,
+            "samples": evaluation.samples,
+            "seed": self.seed,
+            "distance": evaluation.measures[0].name,
+            "value": evaluation.measures[0].value,
+            "by_hand": Evaluation.from_dict(of_hand["evaluation"]).measures[0].value,
+            "plan_by_hand": of_hand["plan"],
+        }
+        return TunedPlan(budget, plan.iterations, str(best.scheduler), best.reuse, best.solver, found)
+
+    def first(self, budget: int) -> list[Choices]:
+        """Numbers of timesteps x schedulers, with equal iterations and with the profile's."""
+        cost, found = cost_of(self.pipe.transformer), []
+        basis = Choices(budget=budget, seed=self.seed, guidance_scale=self.settings.guidance_scale)
+        if self.profile is None:
+            return [replace(basis, scheduler=name) for name in self.schedulers]
+        for mean in MEANS:
+            steps = min(int(budget / (cost.fixed + cost.per_iteration * mean)), 1000)
+            total = (budget - steps * cost.fixed) // cost.per_iteration
+            if steps < 1 or total < steps:
+                continue
+            counts = self.profile.iterations(levels_of(self.pipe.scheduler, steps), total)
+            for name in self.schedulers:
+                equal = replace(basis, num_inference_steps=steps, scheduler=name)
+                found += [equal, replace(equal, budget=None, num_inference_steps=None, iterations=counts)]
+        return self.possible(found)
+
+    def variants(self, chosen: Iterable[Choices]) -> list[Choices]:
+        """Plans as they are, and with each other way to carry them out."""
+        found = []
+        for choices in chosen:
+            found.append(choices)
+            if self.profile is None:
+                continue
+            others = [{"reuse": kind} for kind in ("linear", "quadratic", "none")]
+            others += [{"solver": "anderson:2"}, {"solver": "anderson:2", "reuse": "linear"}]
+            if not isinstance(choices.iterations, tuple):
+                others += [{"allocation": f"linear:{slope}"} for slope in (1, -1)]
+            found += [replace(choices, **other) for other in others]  # type: ignore[arg-type]
+        return self.possible(found)
+
+    def possible(self, candidates: list[Choices]) -> list[Choices]:
+        """Those that can be, each plan once."""
+        kept: dict[Any, Choices] = {}
+        for choices in candidates:
+            try:
+                plan = choices.plan(self.pipe)
+                self.pipe.check_inputs(plan, None, choices.scheduler)
+            except ValueError:
+                continue
+            alike = (plan.iterations, choices.scheduler, choices.reuse, choices.solver)
+            kept.setdefault(alike, choices)
+        return list(kept.values())
+
+    def measured(self, number: int, budget: int, candidates: list[Choices]) -> list[tuple[Choices, Row]]:
+        """The candidates of a round and what was measured of them, the best first."""
+        images = max(50, int(self.settings.num_images * SHARES[number - 1]))
+        points = {}
+        for choices in candidates:
+            point = Point.of(self.label, self.folder, self.identity, self.pipe, budget, choices)
+            points[point.key] = point
+        self.say(f"{budget} block passes, round {number}: {len(points)} plans, {images:,} images each")
+        settings, out = replace(self.settings, num_images=images), self.out / f"round-{number}"
+        rows = {row["key"]: row for row in run_points(list(points.values()), settings, out, self.processes, self.say)}
+        found = [(point.choices, rows[key]) for key, point in points.items()]
+        return sorted(found, key=lambda pair: pair[1]["evaluation"]["measures"][0]["value"])
+
+
+def tune_model(
+    model: str,
+    budgets: list[int],
+    schedulers: list[str],
+    settings: Settings,
+    out: Path,
+    seed: int = 0,
+    processes: int = 1,
+    say: Callable[[str], None] = print,
+) -> list[TunedPlan]:
+    """Tune a model and keep the plans in its folder, each as soon as it is found.
+
+    model  a local run or pipeline folder, or LABEL=PATH
+
+    Raises ValueError for a model that is not on this machine, and as `run_sweep` does.
+    """
+    ((label, folder),) = labelled([model]).items()
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder} is not a folder on this machine, in which plans could be kept: download it first")
+    pipe = load_pipeline(folder, settings.device, settings.dtype)
+    for name in schedulers:
+        pipe.check_inputs(pipe.plan(budget=min(budgets), scheduler=name), None, name)
+    profile = profiled(pipe, seed, say)
+    tuner = Tuner(
+        label, folder, digest(pipe.transformer), pipe, profile, tuple(schedulers), settings, out, seed, processes, say
+    )
+    plans = []
+    for budget in budgets:
+        plan = tuner.tune(budget)
+        add_plans(Path(folder), [plan])
+        plans.append(plan)
+    return plans
+
+
+def profiled(pipe: FixedPointDiTPipeline, seed: int, say: Callable[[str], None]) -> Profile | None:
+    """The errors of the model's predictions by noise level and iteration; None if it has no iterations."""
+    model = pipe.transformer
+    if isinstance(model, DiT):
+        return None
+    assert isinstance(model, FixedPointDiT)
+    say("measuring how far predictions are from converged ones")
+    noise = initial_noise(model, image_generators(seed, range(PROFILED))).to(pipe.device)
+    labels = torch.arange(PROFILED) % model.config.num_classes if model.config.num_classes else None
+    return measure_profile(model, pipe.scheduler, noise, labels)

@@ -1,0 +1,102 @@
+"""Plans that were found to draw the best images of a model at a budget, kept beside its weights in plans.json."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fpdm.files import read_json, write_json
+from fpdm.sampling.budget import Cost
+from fpdm.sampling.reuse import check_reuse
+from fpdm.sampling.schedulers import SCHEDULERS
+from fpdm.sampling.solvers import solver_of
+
+FILE = "plans.json"
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """What is best at a budget.
+
+    budget      block passes per image
+    iterations  per timestep, in sampling order; None at every timestep of a network without iterations
+    scheduler   by name
+    reuse       what a solve starts from
+    solver      by name
+    found       how it was found: data, number of samples, distances of this plan and of the best made by hand
+    """
+
+    budget: int
+    iterations: tuple[int | None, ...]
+    scheduler: str
+    reuse: str
+    solver: str
+    found: dict[str, Any]
+
+    def choices(self, budget: int, cost: Cost) -> dict[str, Any]:
+        """Keyword arguments of the pipeline's call: this plan at its own budget, or its like at another one, with more
+        or fewer timesteps of as many iterations on average, as far as they fit. `cost` is that of a call."""
+        chosen = {"scheduler": self.scheduler, "reuse": self.reuse, "solver": self.solver}
+        known = [n for n in self.iterations if n is not None]
+        if budget == self.budget:
+            return chosen | ({"iterations": known} if known else {"num_inference_steps": len(self.iterations)})
+        if not known:
+            return chosen | {"budget": budget}
+        most = (budget - cost.fixed) // cost.per_iteration
+        return chosen | {"budget": budget, "iterations": max(1, min(most, round(sum(known) / len(known))))}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TunedPlan":
+        """Raises ValueError for what is not of a plan."""
+        if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
+            raise ValueError(f"a plan has {', '.join(field.name for field in fields(cls))}")
+        counts = values["iterations"]
+        if not isinstance(values["budget"], int) or values["budget"] < 1:
+            raise ValueError(f"budget is {values['budget']!r}")
+        numbers = isinstance(counts, list) and all(isinstance(n, int) and n >= 1 for n in counts)
+        if not counts or not (numbers or counts == [None] * len(counts)):
+            raise ValueError(f"iterations are {counts!r}")
+        if values["scheduler"] not in SCHEDULERS or not isinstance(values["solver"], str):
+            raise ValueError(f"scheduler is {values['scheduler']!r}, solver {values['solver']!r}")
+        check_reuse(values["reuse"])
+        solver_of(values["solver"])
+        return cls(**{**values, "iterations": tuple(counts)})
+
+
+def nearest_plan(plans: Sequence[TunedPlan], budget: int) -> TunedPlan | None:
+    """The plan whose budget is nearest, as a ratio; of two as near, the smaller. None where there are none.
+
+    Raises ValueError for a budget below 1.
+    """
+    if budget < 1:
+        raise ValueError(f"budget is {budget}; it must be an integer of at least 1")
+    return min(plans, key=lambda plan: (abs(math.log(plan.budget / budget)), plan.budget), default=None)
+
+
+def load_plans(folder: Path) -> tuple[TunedPlan, ...]:
+    """The plans in a model's folder, by budget. Raises ValueError if the file is damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        return ()
+    try:
+        listed = read_json(path)
+        if not isinstance(listed, list):
+            raise ValueError("it is not a list")
+        return tuple(sorted(map(TunedPlan.from_dict, listed), key=lambda plan: plan.budget))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold plans: {error}. Delete it, and tune again") from error
+
+
+def add_plans(folder: Path, plans: Sequence[TunedPlan]) -> None:
+    """Keep plans beside a model, in the place of those of the same budgets."""
+    kept = {plan.budget: plan for plan in (*load_plans(folder), *plans)}
+    save_plans(folder, [kept[budget] for budget in sorted(kept)])
+
+
+def save_plans(folder: Path, plans: Sequence[TunedPlan]) -> None:
+    """Make these the plans of the model in a folder, and no others."""
+    if plans:
+        write_json(folder / FILE, [asdict(plan) for plan in plans])
+    else:
+        (folder / FILE).unlink(missing_ok=True)

@@ -1,0 +1,464 @@
+"""`fpdm sample`: its options reach the sampling, tuned plans are used and told of, one command at a time per folder."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fpdm.cli.main import main
+from fpdm.experiments import trace
+from fpdm.imaging import grid
+from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.sampling import TunedPlan, save_plans
+from tests.experiments.sweeps import save_models
+
+BUDGET = ["--budget", "40"]  # of "looped": 10 timesteps of 2 iterations
+NEW = ("solver", "tolerance", "pooled", "guidance_interval", "guidance_channels", "guidance_share")  # of a request
+FINE = TunedPlan(320, (2,) * 80, "dpm++", "plain", "picard", {})
+COARSE = TunedPlan(80, (5,) * 5 + (4,) * 5 + (1,) * 5, "ddim", "linear", "anderson:2", {})
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def tuned(models, tmp_path_factory):
+    """The model with tuned plans for 80 and 320 block passes."""
+    folder = tmp_path_factory.mktemp("tuned") / "looped"
+    shutil.copytree(models["looped"], folder)
+    save_plans(folder, [FINE, COARSE])
+    return folder
+
+
+def sample(model, out, *options):
+    words = ["sample", model, "--out", out, "--num-images", "3", *options]  # of one option given twice, the last holds
+    return main([str(word) for word in words])
+
+
+def refused(capsys, model, out, *options):
+    """The message of a command that is refused with exit status 2, in one line and without a traceback."""
+    capsys.readouterr()
+    try:
+        status = sample(model, out, *options)
+    except SystemExit as exit:
+        status = exit.code
+    said = capsys.readouterr().err
+    assert status == 2, said
+    assert "Traceback" not in said
+    (message,) = [line for line in said.splitlines() if line.startswith("fpdm sample: ")]
+    return message
+
+
+def drawn(model, out, *options):
+    """Images, request and report of a command that is not refused."""
+    assert sample(model, out, *options) == 0
+    kept = json.loads((out / "report.json").read_text())
+    assert kept["request"] == json.loads((out / "request.json").read_text())
+    return images_in(out), kept["request"], kept["report"]
+
+
+def images_in(out):
+    return {path.name: path.read_bytes() for path in out.glob("0*.png")}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# Options
+
+
+@pytest.fixture(scope="module")
+def plain(models, tmp_path_factory):
+    return drawn(models["looped"], tmp_path_factory.mktemp("plain"), *BUDGET)
+
+
+@pytest.fixture(scope="module")
+def guided(models, tmp_path_factory):
+    return drawn(models["looped"], tmp_path_factory.mktemp("guided"), *BUDGET, "--guidance-scale", "2")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kept", "same"),
+    [
+        ("--reuse", "none", "none", False),
+        ("--reuse", "plain", "plain", True),
+        ("--reuse", "linear", "linear", False),
+        ("--reuse", "quadratic", "quadratic", False),
+        ("--solver", "picard", "picard", True),
+        ("--solver", "picard:0.5", "picard:0.5", False),
+        ("--solver", "anderson:2", "anderson:2", False),
+        ("--solver", "broyden", "broyden", False),
+        ("--tolerance", "1e-9", 1e-9, True),
+        ("--tolerance", "0.5", 0.5, False),
+        ("--allocation", "constant", "constant", True),
+        ("--allocation", "linear:1", "linear:1", False),
+        ("--allocation", "cosine:-1.5", "cosine:-1.5", False),
+        ("--scheduler", "ddim", "ddim", False),
+        ("--scheduler", "unipc", "unipc", False),
+    ],
+)
+def test_an_option_of_the_plan_reaches_the_sampling(option, value, kept, same, models, plain, tmp_path):
+    images, request, report = drawn(models["looped"], tmp_path, *BUDGET, option, value)
+    assert request == {**plain[1], option[2:]: kept}
+    assert (images == plain[0]) is same
+    assert report["planned"] == 40
+    assert report["spent"] < 40 if value == "0.5" and option == "--tolerance" else report["spent"] == 40
+
+
+@pytest.mark.parametrize(
+    ("allocation", "first", "last"), [("linear:1", 1, 3), ("linear:-1", 3, 1), ("cosine:1", 1, 3), ("rising", 1, 3)]
+)
+def test_an_allocation_gives_its_iterations_from_noise_to_image(allocation, first, last, models, tmp_path):
+    report = drawn(models["looped"], tmp_path, *BUDGET, "--allocation", allocation)[2]
+    assert (report["iterations"][0], report["iterations"][-1], sum(report["iterations"])) == (first, last, 20)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "kept", "same", "total"),
+    [
+        ("--guidance-interval", "0,1000", [0, 1000], True, 80),
+        ("--guidance-interval", "0,499.5", [0, 499.5], False, 60),  # at 499, 399, ..., 99
+        ("--guidance-channels", "1", 1, True, 80),  # there is only one
+        ("--guidance-share", "1", 1, True, 80),
+        ("--guidance-share", "0.5", 0.5, False, 70),  # of 2 iterations, 1
+    ],
+)
+def test_an_option_of_guidance_reaches_the_sampling(option, value, kept, same, total, models, guided, tmp_path):
+    images, request, report = drawn(models["looped"], tmp_path, *BUDGET, "--guidance-scale", "2", option, value)
+    assert request == {**guided[1], option[2:].replace("-", "_"): kept}
+    assert (images == guided[0]) is same
+    assert (report["spent"], report["total_passes"]) == (40, total)
+
+
+def test_what_a_tolerance_leaves_over_is_told_and_never_more_is_spent_than_planned(models, tmp_path, capsys):
+    _, _, report = drawn(
+        models["looped"], tmp_path / "own", "--budget", "60", "--iterations", "8", "--tolerance", "0.1"
+    )
+    assert report["spent"] < 60
+    assert f"; {report['spent']:.1f} of 60 block passes each" in capsys.readouterr().out
+    assert report["most"] <= 60
+    options = ["--budget", "60", "--iterations", "8", "--tolerance", "0.1", "--pooled"]
+    _, request, pooled = drawn(models["looped"], tmp_path / "pooled", *options)
+    assert request["pooled"] is True
+    assert report["spent"] <= pooled["spent"] <= 60
+
+
+LEFT_BEHIND = "draw_missing checks a tolerance only in the pipeline's call, after the folder is claimed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--reuse", "yes"], ["unknown reuse 'yes'", "none, plain, linear, quadratic"]),
+        (["--reuse", "linera"], ["'linera'", "'linear'"]),
+        (["--no-reuse"], ["--no-reuse", "'--reuse'"]),
+        (["--solver", "andersen"], ["unknown solver 'andersen'", "'anderson'"]),
+        (["--solver", "anderson:two"], ["'anderson:two'", "'two' is not a number"]),
+        (["--solver", "anderson:0"], ["memory is 0"]),
+        (["--solver", "picard:nan"], ["damping is nan"]),
+        (["--tolerance", "small"], ["--tolerance", "'small'"]),
+        *(
+            pytest.param(
+                ["--tolerance", value], ["tolerance is", "above 0"],
+            )
+            for value in ("0", "-1", "nan", "inf")
+        ),
+        (["--allocation", "liner:1"], ["unknown allocation 'liner:1'"]),
+        (["--allocation", "linear:2"], ["'linear:2'", "between -2 and 2"]),
+        (["--allocation", "linear:steep"], ["'linear:steep'", "between -2 and 2"]),
+        (["--allocation", "rising:1"], ["unknown allocation 'rising:1'"]),
+        pytest.param(
+            ["--allocation", "linear:1/0"], ["'linear:1/0'"],
+        ),
+        (["--guidance-interval", "5"], ["--guidance-interval is '5'", "LOW,HIGH"]),
+        (["--guidance-interval", "1,2,3"], ["--guidance-interval is '1,2,3'", "LOW,HIGH"]),
+        (["--guidance-interval", "800,100"], ["guidance_interval", "the lower one first"]),
+        (["--guidance-interval", "nan,5"], ["--guidance-interval is 'nan,5'", "LOW,HIGH"]),
+        (["--guidance-channels", "0"], ["guidance_channels is 0"]),
+        (["--guidance-channels", "2"], ["guidance_channels is 2", "1 channels"]),
+        (["--guidance-share", "0"], ["guidance_share is 0"]),
+        (["--guidance-share", "1.5"], ["guidance_share is 1.5"]),
+        (["--guidance-share", "nan"], ["guidance_share is nan"]),
+    ],
+    ids=lambda part: " ".join(part) if part[0].startswith("--") else "",
+)  # fmt: skip
+def test_a_bad_value_is_refused_before_anything_is_drawn(arguments, words, models, capsys, tmp_path):
+    said = refused(capsys, models["looped"], tmp_path / "out", *BUDGET, "--guidance-scale", "2", *arguments)
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "out").exists()
+
+
+# A folder gone on with
+
+
+@pytest.mark.parametrize(
+    "reuse",
+    [
+        "plain",
+        pytest.param(True),
+    ],
+)
+def test_a_request_without_the_new_keys_is_gone_on_with(reuse, models, plain, tmp_path):
+    drawn(models["looped"], tmp_path, *BUDGET, "--num-images", "2")
+    path = tmp_path / "request.json"
+    older = {name: value for name, value in json.loads(path.read_text()).items() if name not in NEW}
+    path.write_text(json.dumps({**older, "reuse": reuse}))
+    assert drawn(models["looped"], tmp_path, *BUDGET)[:2] == plain[:2]
+
+
+def test_a_report_of_an_older_version_is_one_clear_message_and_costs_no_image(models, tmp_path, capsys):
+    drawn(models["looped"], tmp_path, *BUDGET)
+    path = tmp_path / "report.json"
+    kept = json.loads(path.read_text())
+    kept["report"] = {
+        name: v for name, v in kept["report"].items() if name not in ("most", "passes", "running", "status")
+    }
+    path.write_text(json.dumps(kept))
+    before = images_in(tmp_path)
+    assert "not a report of this version" in refused(capsys, models["looped"], tmp_path, *BUDGET)
+    assert images_in(tmp_path) == before
+
+
+def test_another_value_of_an_option_is_another_request(models, tmp_path, capsys):
+    drawn(models["looped"], tmp_path, *BUDGET)
+    for option, value, message in (
+        ("--reuse", "linear", "reuse was 'plain', is 'linear'"),
+        ("--solver", "broyden", "solver was 'picard', is 'broyden'"),
+        ("--tolerance", "0.1", "tolerance was None, is 0.1"),
+        ("--guidance-share", "0.5", "guidance_share was 1.0, is 0.5"),
+    ):
+        assert message in refused(capsys, models["looped"], tmp_path, *BUDGET, option, value)
+
+
+UNEVEN = "report_of keeps rows of residuals that only unconditional evaluations made: merged() raises IndexError"
+
+
+@pytest.mark.parametrize("scale", [1, pytest.param(2)])
+def test_batches_whose_images_stop_on_their_own_are_reported_as_one(scale, models, tmp_path):
+    options = ["--budget", "60", "--iterations", "8", "--tolerance", "0.1", "--guidance-scale", scale]
+    more = ["--classes", "1-4", "--num-images", "4", "--batch-size", "2"]
+    report = drawn(models["looped"], tmp_path, *options, *more)[2]
+    assert [len(row) for row in report["residuals"]] == [len(row) for row in report["running"]]
+    assert all(residual > 0 for row in report["residuals"] for residual in row)
+
+
+def test_an_image_that_is_drawn_again_beside_new_ones_counts_once(models, tmp_path):
+    drawn(models["looped"], tmp_path, *BUDGET)
+    (tmp_path / "000001.png").unlink()
+    report = drawn(models["looped"], tmp_path, *BUDGET, "--num-images", "5")[2]
+    assert report["images"] == 5
+    assert [sum(counts.values()) for counts in report["status"]] == [5] * 10
+
+
+# The trace
+
+
+@pytest.mark.parametrize(
+    ("label", "options", "timesteps"),
+    [
+        ("looped", BUDGET, 10),
+        ("looped", ["--budget", "41", "--scheduler", "heun"], 9),
+        ("looped", ["--budget", "60", "--iterations", "8", "--tolerance", "0.1"], 6),
+        ("looped", ["--iterations", "1", "--steps", "130"], 130),
+        ("plain", ["--budget", "40"], 8),
+    ],
+    ids=["plain plan", "heun", "tolerance", "many timesteps", "explicit"],
+)
+def test_a_trace_shows_residuals_and_the_images_as_they_form(
+    label, options, timesteps, models, tmp_path, capsys, monkeypatch
+):
+    shown, frames_of = [], trace.frames_of
+    monkeypatch.setattr(trace, "frames_of", lambda *given: shown.extend(frames_of(*given)) or list(shown))
+    _, _, report = drawn(models[label], tmp_path, *options, "--num-images", "8", "--trace")
+    assert len(report["timesteps"]) == timesteps
+    said = capsys.readouterr().out
+    assert str(tmp_path / "trace.png") in said
+    assert str(tmp_path / "steps.webp") in said
+    with Image.open(tmp_path / "trace.png") as plot:
+        assert min(plot.size) > 500
+        assert np.asarray(plot.convert("L")).std() > 10, "blank"
+    images = [Image.open(tmp_path / f"{i:06d}.png") for i in range(8)]
+    with Image.open(tmp_path / "steps.webp") as strip:
+        assert len(shown) == min(timesteps, 100)
+        # What did not change from one timestep to the next is shown for longer instead of once more.
+        assert strip.n_frames == 1 + sum(a.tobytes() != b.tobytes() for a, b in pairwise(shown))
+        assert strip.n_frames > timesteps / 2
+        strip.seek(strip.n_frames - 1)
+        assert np.array_equal(np.asarray(strip.convert("L")), np.asarray(grid(images, columns=8, least=96)))
+
+
+def test_without_a_trace_there_is_none_and_it_can_be_asked_for_later(models, plain, tmp_path):
+    drawn(models["looped"], tmp_path, *BUDGET)
+    assert not list(tmp_path.glob("*.webp"))
+    report = (tmp_path / "report.json").read_bytes()
+    assert drawn(models["looped"], tmp_path, *BUDGET, "--trace")[0] == plain[0]
+    assert (tmp_path / "steps.webp").is_file()
+    assert (tmp_path / "report.json").read_bytes() == report
+
+
+def test_a_trace_that_cannot_be_plotted_is_refused_before_anything_is_drawn(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "fpdm[plots]" in refused(capsys, models["looped"], tmp_path / "out", *BUDGET, "--trace")
+    assert not (tmp_path / "out").exists()
+
+
+# Tuned plans
+
+
+def test_the_tuned_plan_of_a_budget_is_followed_exactly(tuned, tmp_path, capsys):
+    images, request, report = drawn(tuned, tmp_path / "out", "--budget", "80")
+    said = capsys.readouterr().out
+    assert "the tuned plan for 80 block passes: ddim, reuse linear, solver anderson:2" in said
+    assert "nearest" not in said
+    assert report["iterations"] == list(COARSE.iterations)
+    assert (report["planned"], report["spent"]) == (80, 80)
+    assert (request["scheduler"], request["reuse"], request["solver"]) == ("ddim", "linear", "anderson:2")
+
+    by_hand = ["--iterations", ",".join(map(str, COARSE.iterations)), "--scheduler", "ddim"]
+    by_hand += ["--reuse", "linear", "--solver", "anderson:2"]
+    assert drawn(tuned, tmp_path / "hand", *by_hand)[0] == images
+    pipe = FixedPointDiTPipeline.from_pretrained(tuned)
+    assert pipe([0, 1, 2], **pipe.tuned(80), seed=0, image_indices=range(3)).report.iterations == report["iterations"]
+
+
+def test_at_another_budget_the_nearest_tuned_plan_is_taken_and_told(tuned, tmp_path, capsys):
+    _, request, report = drawn(tuned, tmp_path, "--budget", "100")
+    assert "the tuned plan for 80 block passes, the nearest one: ddim" in capsys.readouterr().out
+    assert (request["scheduler"], request["reuse"], request["solver"]) == ("ddim", "linear", "anderson:2")
+    assert report["asked"] == 100
+    assert 95 < report["planned"] <= 100
+    assert set(report["iterations"]) <= {3, 4}, "3.3 is the tuned mean"
+
+
+@pytest.mark.parametrize(("budget", "nearest"), [("159", 80), ("160", 80), ("161", 320), ("1000", 320)])
+def test_near_is_meant_as_a_ratio_and_of_two_as_near_the_smaller_is_taken(budget, nearest, tuned, tmp_path, capsys):
+    drawn(tuned, tmp_path, "--budget", budget, "--num-images", "1")
+    assert f"the tuned plan for {nearest} block passes, the nearest one" in capsys.readouterr().out
+
+
+def test_without_a_budget_the_tuned_plan_nearest_to_the_default_is_followed_exactly(tuned, tmp_path, capsys):
+    report = drawn(tuned, tmp_path)[2]
+    assert "the tuned plan for 80 block passes: ddim" in capsys.readouterr().out
+    assert report["iterations"] == list(COARSE.iterations)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--steps", "20"], ["--iterations", "2"], ["--allocation", "constant"], ["--reuse", "plain"],
+        ["--solver", "picard"], ["--tolerance", "0.1"], ["--scheduler", "ddpm"], ["--pooled", "--tolerance", "0.1"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_an_option_of_the_plan_leaves_tuned_plans_aside(options, tuned, models, tmp_path, capsys):
+    with_plans = drawn(tuned, tmp_path / "tuned", "--budget", "80", *options)
+    assert "tuned plan" not in capsys.readouterr().out
+    without = drawn(models["looped"], tmp_path / "untuned", "--budget", "80", *options)
+    assert with_plans[:2] == without[:2]
+
+
+def test_what_is_no_part_of_a_plan_leaves_the_tuned_one_in_force(tuned, tmp_path, capsys):
+    options = ["--seed", "1", "--classes", "3", "--guidance-scale", "2", "--guidance-share", "0.5", "--batch-size", "2"]
+    _, request, report = drawn(tuned, tmp_path, "--budget", "80", *options)
+    assert "the tuned plan for 80 block passes" in capsys.readouterr().out
+    assert report["iterations"] == list(COARSE.iterations)
+    assert (request["seed"], request["guidance_share"]) == (1, 0.5)
+
+
+def test_an_explicit_network_follows_its_tuned_plans(models, tmp_path, capsys):
+    shutil.copytree(models["plain"], tmp_path / "plain")
+    save_plans(tmp_path / "plain", [TunedPlan(40, (None,) * 8, "ddim", "plain", "picard", {})])
+    for budget, timesteps in ((40, 8), (62, 12)):
+        out = tmp_path / str(budget)
+        _, request, report = drawn(tmp_path / "plain", out, "--budget", budget)
+        assert "the tuned plan for 40 block passes" in capsys.readouterr().out
+        assert (request["scheduler"], report["iterations"]) == ("ddim", [None] * timesteps)
+
+
+def damaged_plans(**changes):
+    return json.dumps([{**vars(COARSE), **changes}])
+
+
+UNCHECKED = "from_dict takes values of any type and range"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{", '{"a": 1}', "[3]", "null", '[{"budget": 80}]', damaged_plans(iterations=4), damaged_plans(more=1),
+        *(
+            pytest.param(damaged_plans(**changes))
+            for changes in ({"budget": "80"}, {"budget": 0}, {"solver": 3}, {"iterations": []}, {"scheduler": "ddmi"})
+        ),
+    ],
+)  # fmt: skip
+def test_damaged_tuned_plans_are_one_message_that_names_the_file(text, models, tmp_path, capsys):
+    shutil.copytree(models["looped"], tmp_path / "model")
+    (tmp_path / "model/plans.json").write_text(text)
+    said = refused(capsys, tmp_path / "model", tmp_path / "out", "--budget", "80")
+    assert str(tmp_path / "model/plans.json") in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [
+        pytest.param("0", "budget is 0; it must be"),
+        pytest.param("-5", "budget is -5; it must be"),
+        ("2", "a budget of 2 block passes is too small"),
+    ],
+)  # fmt: skip
+def test_a_budget_that_cannot_be_is_refused_beside_tuned_plans_too(budget, message, tuned, tmp_path, capsys):
+    assert message in refused(capsys, tuned, tmp_path / "out", "--budget", budget)
+
+
+def test_a_budget_too_small_for_the_mean_iterations_of_a_tuned_plan_can_be_drawn_with(tuned, tmp_path):
+    assert drawn(tuned, tmp_path, "--budget", "4")[2]["planned"] == 4
+
+
+# Two commands at once
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.01)
+
+
+def test_a_second_command_in_a_folder_is_told_so_and_harms_nothing(models, tmp_path, capsys):
+    out, never = tmp_path / "out", ["--num-images", "100000", "--batch-size", "2"]
+    words = ["sample", models["looped"], "--out", str(out), *BUDGET, *never]
+    with subprocess.Popen([sys.executable, "-m", "fpdm", *words], stderr=subprocess.DEVNULL) as first:
+        try:
+            wait_for((out / "000003.png").is_file)
+            request = (out / "request.json").read_bytes()
+            for options in (BUDGET, [*BUDGET, "--seed", "1"], [*BUDGET, "--npz", "--trace"]):
+                assert "another command is at work" in refused(capsys, models["looped"], out, *options)
+            assert first.poll() is None
+            there = len(list(out.glob("0*.png")))
+            wait_for(lambda: len(list(out.glob("0*.png"))) > there + 2)
+            first.send_signal(signal.SIGINT)
+            assert first.wait(timeout=30) == 130
+        finally:
+            first.kill()
+    assert (out / "request.json").read_bytes() == request
+    assert not list(out.glob("*.npz")) + list(out.glob("*.webp"))
+    covered = json.loads((out / "report.json").read_text())["report"]["images"]
+    assert covered % 2 == 0
+    images, _, report = drawn(models["looped"], out, *BUDGET, "--num-images", "6")
+    assert report["images"] == max(6, covered)
+    quiet = drawn(models["looped"], tmp_path / "quiet", *BUDGET, "--num-images", "6")[0]
+    assert {name: images[name] for name in quiet} == quiet
+    assert not [path for path in Path(out).iterdir() if path.name.endswith(".writing")]
