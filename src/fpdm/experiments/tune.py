@@ -3,11 +3,15 @@
     1  Profile: how far a prediction is from the converged one, by noise level and iteration; from it, for every number
        of timesteps, the iterations that leave the smallest error (see `fpdm.sampling.profile`).
     2  Round 1: numbers of timesteps x schedulers, with equal iterations and with the profile's. Few images each.
-    3  Round 2: the best of these with every kind of reuse, another solver, and ramps of iterations. More images.
-    4  Round 3: the short-list, with the best plan of equal iterations from round 1 among it. All images.
+    3  Round 2: the best with each scheduler, with every kind of reuse, another solver, and ramps of iterations.
+    4  Round 3: the best with each scheduler, the two best of all, and the best plans by hand: those of equal iterations
+       from round 1. All images.
+
+With few images a distance tells plans of one scheduler apart, which draw the same noise, but hardly schedulers: so each
+has its plans in the last round.
 
 Each round is a sweep in a folder of its own: OUT/round-1 and so on, with its points and its report. An interrupted one
-goes on where it was. All candidates of a round are drawn with the same seed, so that they differ in the plan alone.
+goes on where it was.
 """
 
 from collections.abc import Callable, Iterable
@@ -36,7 +40,7 @@ from fpdm.weights import digest
 
 MEANS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0)  # iterations per timestep, on average
 SHARES = (0.25, 0.5, 1.0)  # of all images, in each round
-KEPT = (3, 4)  # candidates that go on to the next round
+KEPT = 2  # of all, that go on to the last round in any case
 PROFILED = 32  # images
 Row = dict[str, Any]
 
@@ -59,16 +63,16 @@ class Tuner:
 
     def tune(self, budget: int) -> TunedPlan:
         """The best plan of a budget."""
-        first = self.measured(1, budget, self.first(budget))
-        by_hand = [choices for choices, _ in first if not isinstance(choices.iterations, tuple)]
-        second = self.measured(2, budget, self.variants(choices for choices, _ in first[: KEPT[0]]))
-        listed = [*(choices for choices, _ in second[: KEPT[1]]), by_hand[0]]
+        first = [choices for choices, _ in self.measured(1, budget, self.first(budget))]
+        by_hand = [choices for choices in first if not isinstance(choices.iterations, tuple)]
+        second = [choices for choices, _ in self.measured(2, budget, self.variants(best_of_each(first)))]
+        listed = [*best_of_each(second), *second[:KEPT], *best_of_each(by_hand)]
         third = self.measured(3, budget, listed)
         best, row = third[0]
-        of_hand = next(row for choices, row in third if choices == by_hand[0])
+        of_hand = next(row for choices, row in third if choices in by_hand)
         evaluation, plan = Evaluation.from_dict(row["evaluation"]), best.plan(self.pipe)
         found = {
-            "data": self.settings.data,
+            "data": Path(self.settings.data).name,
             "samples": evaluation.samples,
             "seed": self.seed,
             "distance": evaluation.measures[0].name,
@@ -134,6 +138,14 @@ class Tuner:
         rows = {row["key"]: row for row in run_points(list(points.values()), settings, out, self.processes, self.say)}
         found = [(point.choices, rows[key]) for key, point in points.items()]
         return sorted(found, key=lambda pair: pair[1]["evaluation"]["measures"][0]["value"])
+
+
+def best_of_each(ranked: list[Choices]) -> list[Choices]:
+    """The first of each scheduler, of candidates from the best to the worst."""
+    found: dict[str | None, Choices] = {}
+    for choices in ranked:
+        found.setdefault(choices.scheduler, choices)
+    return list(found.values())
 
 
 def tune_model(
