@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fpdm.evaluation import Evaluation, Measure
-from fpdm.evaluation.evaluate import significant
+from fpdm.evaluation.result import significant
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "docs/evaluation.md", ROOT / "docs/how-to-choose.md")

@@ -15,8 +15,9 @@ from PIL import Image
 from fpdm.data import ArraySource, digits, open_images
 from fpdm.evaluation import EXTRACTORS, Evaluation, Instrument, Measure, Samples, open_samples, reference
 from fpdm.evaluation import evaluate as module
-from fpdm.evaluation.evaluate import default_features, significant
+from fpdm.evaluation.evaluate import default_features
 from fpdm.evaluation.extractors import classifier
+from fpdm.evaluation.result import significant
 from tests.evaluation.fakes import Projection, noise_source
 
 CARRIED = str(Path(str(files("fpdm.evaluation"))) / "classifiers/digits.safetensors")

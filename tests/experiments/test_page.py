@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fpdm.evaluation import Evaluation, Measure
-from fpdm.evaluation.evaluate import significant
+from fpdm.evaluation.result import significant
 from fpdm.experiments.page import best_of, write_report
 from fpdm.experiments.sweep import all_points
 

@@ -18,7 +18,7 @@ from typing import Any
 from PIL import Image
 
 from fpdm.evaluation import Evaluation, Measure
-from fpdm.evaluation.evaluate import significant
+from fpdm.evaluation.result import significant
 from fpdm.files import write_aside
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")  # Okabe and Ito 2008
