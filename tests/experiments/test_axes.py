@@ -8,7 +8,8 @@ import shutil
 import pytest
 
 from fpdm.experiments.page import write_report
-from fpdm.experiments.sweep import Axes, Settings, points_of, run_sweep
+from fpdm.experiments.points import Axes, Settings, points_of
+from fpdm.experiments.sweep import run_sweep
 from fpdm.sampling import TunedPlan, save_plans
 from tests.experiments.sweeps import points_in, save_models, times_of
 

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fpdm.evaluation import Evaluation, Instrument, open_samples
 from fpdm.experiments import sweep
-from fpdm.experiments.sweep import Axes, Settings, all_points, labelled, points_of, run_sweep
+from fpdm.experiments.points import Axes, Settings, labelled, points_of
+from fpdm.experiments.sweep import all_points, run_sweep
 from fpdm.imaging import grid
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.weights import digest

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     points.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="1 for none (1)")
     points.add_argument("--num-images", type=int, default=1000, metavar="N", help="samples per point (1000)")
     add_measuring_arguments(parser)
+    add_computing_arguments(parser)
+
+
+def add_computing_arguments(parser: argparse.ArgumentParser) -> None:
+    """How points are computed."""
     computing = parser.add_argument_group("computing")
     computing.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
     computing.add_argument("--processes", type=int, default=1, metavar="N", help="points at a time (1)")
@@ -44,10 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     computing.add_argument("--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="of the weights")
 
 
-def run(options: argparse.Namespace) -> int:
-    check_counts(options, LEAST)
+def check_processes(options: argparse.Namespace) -> None:
     if options.processes < 1:
         raise ValueError(f"--processes is {options.processes}; it must be at least 1")
+
+
+def run(options: argparse.Namespace) -> int:
+    check_counts(options, LEAST)
+    check_processes(options)
     budgets = numbers("--budgets", options.budgets)
     iterations = [None] if options.iterations is None else numbers("--iterations", options.iterations)
     seeds = numbers("--seeds", options.seeds, least=0)
@@ -57,7 +66,8 @@ def run(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     from fpdm.experiments.page import write_report
-    from fpdm.experiments.sweep import Axes, Settings, all_points, run_sweep
+    from fpdm.experiments.points import Axes, Settings
+    from fpdm.experiments.sweep import all_points, run_sweep
 
     names = [name for name in Settings.__dataclass_fields__ if hasattr(options, name)]
     settings = Settings(**{name: getattr(options, name) for name in names})

@@ -13,7 +13,7 @@ from pathlib import Path
 from fpdm.cli.evaluate import LEAST, add_measuring_arguments
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.cli.sample import check_counts
-from fpdm.cli.sweep import numbers, words
+from fpdm.cli.sweep import add_computing_arguments, check_processes, numbers, words
 from fpdm.files import check_writable
 from fpdm.names import needs
 
@@ -27,18 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1, help="of the samples: not one to report results of (1)")
     parser.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="1 for none (1)")
     add_measuring_arguments(parser)
-    computing = parser.add_argument_group("computing")
-    computing.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
-    computing.add_argument("--processes", type=int, default=1, metavar="N", help="plans at a time (1)")
-    computing.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    computing.add_argument("--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="of the weights")
+    add_computing_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     check_counts(options, LEAST)
     budgets, schedulers = numbers("--budget", options.budget), words(options.schedulers)
-    if options.processes < 1:
-        raise ValueError(f"--processes is {options.processes}; it must be at least 1")
+    check_processes(options)
     path = Path(options.model.partition("=")[2] or options.model)
     out = Path(options.out) if options.out else path / "tune"
     check_writable(out)
@@ -46,7 +41,8 @@ def run(options: argparse.Namespace) -> int:
 
     quiet_libraries()
     from fpdm.experiments.page import write_report
-    from fpdm.experiments.sweep import Settings, all_points
+    from fpdm.experiments.points import Settings
+    from fpdm.experiments.sweep import all_points
     from fpdm.experiments.tune import tune_model
 
     names = [name for name in Settings.__dataclass_fields__ if hasattr(options, name)]

@@ -10,18 +10,16 @@ A point is computed by one process from the start to the end and depends on noth
 same however many processes there are, and wherever a sweep was stopped.
 """
 
-import hashlib
 import multiprocessing
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from threading import Thread, current_thread, main_thread
 from typing import Any
@@ -30,143 +28,19 @@ import torch
 from tqdm import tqdm
 
 from fpdm.devices import pick_device
-from fpdm.drawing import Choices, channels_of, draw_missing, dtype_of, load_pipeline, side_of
+from fpdm.drawing import channels_of, draw_missing, dtype_of, load_pipeline, side_of
 from fpdm.evaluation import Evaluation, Instrument, open_samples
-from fpdm.files import cache_folder, hold, is_free, model_folder, read_json, write_json
+from fpdm.experiments.points import Axes, Point, Settings, points_of
+from fpdm.files import cache_folder, hold, is_free, read_json, write_json
 from fpdm.machine import made_with
-from fpdm.models import DiT
-from fpdm.names import unknown
 from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.sampling import SCHEDULERS, check_allocation, check_reuse, operations_of, solver_of, total
 from fpdm.weights import digest
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What all points of a sweep share: what they are measured against, and how they are drawn."""
-
-    data: str
-    split: str = "train"
-    features: str | None = None
-    weights: str | None = None
-    statistics: str | None = None
-    num_images: int = 1000
-    batch_size: int = 64
-    guidance_scale: float = 1.0
-    device: str = "auto"
-    dtype: str = "float32"
-
 
 # What may differ between the parts of one sweep: how it is computed, but not what.
 CHANGEABLE = {"device", "statistics", "batch_size", "data"}
 
 # What older versions had all points of a sweep share, and what it must have been for such points to be added to.
 FORMERLY_SHARED = {"seed": 0, "reuse": True, "allocation": "constant"}
-
-
-@dataclass(frozen=True)
-class Axes:
-    """What the points of a sweep differ in, besides the model: all combinations.
-
-    iterations  per timestep; None leaves them to the plan's default
-    tuned       whether the models' tuned plans are points, too
-    """
-
-    budgets: Sequence[int]
-    schedulers: Sequence[str]
-    iterations: Sequence[int | None] = (None,)
-    allocations: Sequence[str] = ("constant",)
-    reuses: Sequence[str] = ("plain",)
-    solvers: Sequence[str] = ("picard",)
-    seeds: Sequence[int] = (0,)
-    tuned: bool = False
-
-    def check(self) -> None:
-        """Raises ValueError for names that mean nothing. What they mean may still not fit a model or a budget."""
-        for name in self.schedulers:
-            if name not in SCHEDULERS:
-                raise ValueError(unknown("scheduler", name, SCHEDULERS))
-        for allocation in self.allocations:
-            check_allocation(allocation)
-        for reuse in self.reuses:
-            check_reuse(reuse)
-        for solver in self.solvers:
-            solver_of(solver)
-
-    def choices(self, pipe: FixedPointDiTPipeline, scale: float) -> Iterator[tuple[int, Choices, bool]]:
-        """Budgets, how to draw from a model, and whether that is a tuned plan. Of an explicit network only the budget,
-        the scheduler and the seed say anything."""
-        explicit = isinstance(pipe.transformer, DiT)
-        of_solves = ([None], ["constant"], ["plain"], ["picard"]) if explicit else (
-            self.iterations, self.allocations, self.reuses, self.solvers
-        )  # fmt: skip
-        for seed, budget, scheduler, iterations, allocation, reuse, solver in product(
-            self.seeds, self.budgets, self.schedulers, *of_solves
-        ):
-            yield budget, Choices(budget, None, iterations, allocation, reuse, solver, scheduler=scheduler,
-                          guidance_scale=scale, seed=seed), False  # fmt: skip
-        for seed, budget in product(self.seeds, self.budgets if self.tuned else ()):
-            if any(plan.budget == budget for plan in pipe.tuned_plans):
-                chosen = pipe.tuned(budget)
-                if isinstance(chosen.get("iterations"), list):
-                    chosen["iterations"] = tuple(chosen["iterations"])
-                yield budget, Choices(**chosen, guidance_scale=scale, seed=seed), True
-
-
-@dataclass(frozen=True)
-class Point:
-    """One request. `folder` is the model's; `label` is what it is called, and `digest` what its weights are."""
-
-    label: str
-    folder: str
-    digest: str
-    budget: int
-    choices: Choices
-    tuned: bool = False
-    operations: int = 0
-
-    @classmethod
-    def of(
-        cls,
-        label: str,
-        folder: str,
-        identity: str,
-        pipe: FixedPointDiTPipeline,
-        budget: int,
-        choices: Choices,
-        tuned: bool = False,
-    ) -> "Point":
-        """Raises ValueError for choices that cannot be."""
-        plan = choices.plan(pipe)
-        any_label = pipe.labels(0 if pipe.transformer.config.num_classes else None, None)
-        pipe.check_inputs(plan, any_label, choices.scheduler, choices.guidance)
-        evaluations = 1 if choices.guidance_scale == 1 else 2
-        operations = total(operations_of(pipe.transformer), plan) * evaluations
-        return cls(label, folder, identity, budget, choices, tuned, operations)
-
-    @property
-    def key(self) -> str:
-        """The name of the point's files: what is not the default is in it."""
-        c, parts = self.choices, [self.label, str(self.budget)]
-        if self.tuned:
-            parts += ["tuned", short_hash(replace(c, seed=0))]
-        else:
-            parts.append(str(c.scheduler).replace("+", "p"))
-            parts += [] if c.num_inference_steps is None else [f"{c.num_inference_steps}-steps"]
-            parts += [] if c.iterations is None else [counted(c.iterations)]
-            parts += [] if c.allocation == "constant" else [c.allocation.replace(":", "_").replace("/", "_")]
-            parts += [] if c.reuse == "plain" else [f"{c.reuse}-reuse"]
-            parts += [] if c.solver == "picard" else [c.solver.replace(":", "_")]
-        return "-".join([*parts, *([f"seed{c.seed}"] if c.seed else [])])
-
-
-def counted(iterations: int | Sequence[int]) -> str:
-    """Iterations as a part of a file's name."""
-    return f"{iterations}-iterations" if isinstance(iterations, int) else f"iterations-{short_hash(iterations)}"
-
-
-def short_hash(value: Any) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:6]
 
 
 def run_sweep(
@@ -226,48 +100,6 @@ def compute_missing(
             shutil.rmtree(out / "drawing" / point.key, ignore_errors=True)
             first = Evaluation.from_dict(result["evaluation"]).measures[0]
             bar.write(f"{point.key:32} {first.name} {first.value:.3g} ({first.low:.3g} to {first.high:.3g})")
-
-
-def points_of(models: list[str], axes: Axes, settings: Settings) -> tuple[list[Point], list[str]]:
-    """The points, cheapest first, and which of the combinations cannot be, with the reason."""
-    axes.check()
-    points, left_out = [], []
-    for label, folder in labelled(models).items():
-        pipe = load_pipeline(folder, "cpu", "float32")
-        identity = digest(pipe.transformer)
-        seen: set[Any] = set()
-        for budget, choices, tuned in axes.choices(pipe, settings.guidance_scale):
-            try:
-                plan, point = choices.plan(pipe), Point.of(label, folder, identity, pipe, budget, choices, tuned)
-            except ValueError as error:
-                left_out.append(f"{Point(label, folder, '', budget, choices, tuned).key}: {error}")
-                continue
-            alike = (plan, replace(choices, iterations=None, allocation="constant"), tuned)
-            if alike in seen:
-                left_out.append(f"{point.key}: the same plan as another")
-                continue
-            seen.add(alike)
-            points.append(point)
-    if not points:
-        raise ValueError("none of these points can be: " + "; ".join(left_out))
-    return sorted(points, key=lambda point: (point.budget, point.operations)), left_out
-
-
-def labelled(models: list[str]) -> dict[str, str]:
-    """label -> model folder, of words like PATH or LABEL=PATH. Raises ValueError for labels that are not unique."""
-    found: dict[str, str] = {}
-    for word in models:
-        label, equals, place = ("", "", "") if Path(word).exists() else word.partition("=")
-        folder = model_folder(place if equals else word)
-        if not equals:
-            path = Path(word)
-            label = path.resolve().parent.name if path.name in ("pipeline", "run") else path.name
-        if not label or set(label) & set('/\\:*?"<>|'):
-            raise ValueError(f"{label!r} cannot name a model: choose another, LABEL=PATH")
-        if label in found:
-            raise ValueError(f"two models are called {label}: name them apart, LABEL=PATH")
-        found[label] = folder
-    return found
 
 
 def shape_of(points: list[Point]) -> tuple[int, int]:

@@ -23,7 +23,8 @@ import torch
 
 from fpdm.drawing import Choices, load_pipeline
 from fpdm.evaluation import Evaluation
-from fpdm.experiments.sweep import Point, Settings, labelled, run_points
+from fpdm.experiments.points import Point, Settings, labelled
+from fpdm.experiments.sweep import run_points
 from fpdm.models import DiT, FixedPointDiT
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import (
