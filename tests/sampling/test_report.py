@@ -13,10 +13,13 @@ from tests.sampling.tiny import CALM, DIT, MODEL, run
 
 REPORT = Report(
     images=2, asked=12, planned=11, spent=11.0, most=11, total_passes=22.0, operations=2.2e6,
-    timesteps=[999, 499], iterations=[2, 1], passes=[6.0, 5.0], residuals=[[0.5, 0.25], [0.125]], running=[[2, 2], [2]],
+    timesteps=[999, 499], iterations=[2, 1], passes=[6.0, 5.0], residuals=[[0.5, 0.25], [0.125]],
+    running=[[2, 2], [2]], residual=[0.25, 0.125],
     status=[{"completed": 1, "diverged": 1}, {"completed": 2}], diverged=1, seconds=1.5,
 )  # fmt: skip
-EXPLICIT = dataclasses.replace(REPORT, asked=None, iterations=[None, None], residuals=[], running=[], status=[])
+EXPLICIT = dataclasses.replace(
+    REPORT, asked=None, iterations=[None, None], residuals=[], running=[], residual=[], status=[]
+)
 
 
 @pytest.mark.parametrize("report", [REPORT, EXPLICIT])
@@ -25,9 +28,12 @@ def test_a_report_survives_a_file(report, tmp_path):
     assert Report.from_dict(json.loads((tmp_path / "report.json").read_text())) == report
 
 
-def test_the_residual_of_a_timestep_is_its_last():
-    assert REPORT.residual == [0.25, 0.125]
-    assert EXPLICIT.residual == []
+def test_the_residual_of_a_timestep_is_the_mean_of_the_last_of_each_image():
+    nan, report = float("nan"), None
+    residuals = [[0.1, 0.3, 0.5, 0.5], [nan, 0.02, 0.01, 0.01]]  # the second half is the unconditional one
+    report = fabricated([1, 2, 2, 2], [Status.CONVERGED] * 4, residuals)
+    assert report.residual == pytest.approx([(0.1 + 0.02) / 2])
+    assert report.residuals == [pytest.approx([0.2, 0.02])]
 
 
 def test_merging_weights_by_images_and_adds_the_time():
@@ -58,16 +64,16 @@ def test_merging_in_any_order_is_the_same():
 
 def test_reports_of_which_one_went_on_for_longer_are_merged_by_the_images_behind_each_iteration():
     # Of two images one made a second iteration; of six, four made it, and three a third.
-    short = dataclasses.replace(REPORT, residuals=[[0.4, 0.1], [0.2]], running=[[2, 1], [2]])
+    short = dataclasses.replace(REPORT, residuals=[[0.4, 0.1], [0.2]], running=[[2, 1], [2]], residual=[0.25, 0.2])
     long = dataclasses.replace(
         REPORT, images=6, spent=9.0, most=12, passes=[5.0, 4.0], total_passes=18.0, operations=1.8e6,
-        residuals=[[0.8, 0.2, 0.05], [0.6]], running=[[6, 4, 3], [6]], status=[{"converged": 6}, {"completed": 6}],
+        residuals=[[0.8, 0.2, 0.05], [0.6]], running=[[6, 4, 3], [6]], residual=[0.05, 0.6], status=[{"converged": 6}, {"completed": 6}],
     )  # fmt: skip
     for merged in (short.merged(long), long.merged(short)):
         assert merged.residuals[0] == pytest.approx([(0.4 * 2 + 0.8 * 6) / 8, (0.1 + 0.2 * 4) / 5, 0.05])
         assert merged.residuals[1] == pytest.approx([0.5])
         assert merged.running == [[8, 5, 3], [8]]
-        assert merged.residual == pytest.approx([0.05, 0.5])
+        assert merged.residual == pytest.approx([0.1, 0.5])
         assert merged.status == [{"completed": 1, "diverged": 1, "converged": 6}, {"completed": 8}]
         assert (merged.spent, merged.most, merged.total_passes, merged.operations) == (9.5, 12, 19.0, 1.9e6)
         assert merged.passes == [5.25, 4.25]

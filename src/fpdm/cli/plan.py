@@ -90,9 +90,10 @@ def listed(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None") ->
     plans: dict[str, Plan] = {}
     for count in ITERATIONS:
         try:
-            plans[f"{count} each"] = planned(options, pipe, budget=budget, iterations=count)
+            plan = planned(options, pipe, budget=budget, iterations=count)
         except ValueError:
             continue
+        plans[f"{spread(plan.iterations)} each"] = plan
     if not plans:  # an explicit network, or a budget that is too small, which is told
         return {"": planned(options, pipe, budget=budget)}
     steps = list(plans.values())[len(plans) // 2].num_steps
@@ -138,7 +139,7 @@ def draw(plans: dict[str, "Plan"], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 4.5), layout="constrained")
     colours = plt.get_cmap("viridis")
     for i, (name, plan) in enumerate(plans.items()):
         steps = plan.num_steps
@@ -148,6 +149,6 @@ def draw(plans: dict[str, "Plan"], path: Path) -> None:
                   color=colours(i / max(1, len(plans) - 1) * 0.9))  # fmt: skip
     axis.set(xlabel="from noise (0) to image (1)", ylabel="iterations")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, format="png", dpi=120)
     plt.close(figure)

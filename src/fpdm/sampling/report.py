@@ -31,6 +31,7 @@ class Report:
     passes        spent per timestep, on average
     residuals     per timestep and iteration, |f(z) - z| / |f(z)|, mean over images; empty without iterations
     running       per timestep and iteration, the images that made it
+    residual      per timestep, the last residual of an image, mean over images: how far from solved it was left
     status        per timestep, how many images ended how: see `Status`
     diverged      images of which a fixed point diverged, or that are not finite: they may show nothing
     seconds       in all, from noise to images (without decoding and writing)
@@ -48,14 +49,10 @@ class Report:
     passes: list[float]
     residuals: list[list[float]]
     running: list[list[int]]
+    residual: list[float]
     status: list[dict[str, int]]
     diverged: int
     seconds: float
-
-    @property
-    def residual(self) -> list[float]:
-        """The last residual of each timestep: how far from solved it was left."""
-        return [row[-1] for row in self.residuals if row]
 
     def merged(self, other: "Report") -> "Report":
         """This report and another of the same plan as one: means weighted by images, seconds added."""
@@ -79,6 +76,7 @@ class Report:
             passes=[mean(a, b) for a, b in zip(self.passes, other.passes, strict=True)],
             residuals=[residuals for residuals, _ in both],
             running=[running for _, running in both],
+            residual=[mean(a, b) for a, b in zip(self.residual, other.residual, strict=True)],
             status=[dict(Counter(a) + Counter(b)) for a, b in zip(self.status, other.status, strict=True)],
             diverged=self.diverged + other.diverged,
             seconds=self.seconds + other.seconds,
@@ -152,6 +150,7 @@ def report_of(
         passes=per_step.double().mean(1).tolist(),
         residuals=[_mean_of_finite(s.residuals[: int(s.iterations[:images].max()), :images]) for s in found],
         running=[_running(s.iterations[:images]) for s in found],
+        residual=[_mean_of_finite(_last(s)[None, :images])[0] for s in found],
         status=[_counted(s.status[:images]) for s in found],
         diverged=int(_broken(x, found).sum()),
         seconds=seconds,
@@ -180,6 +179,11 @@ def _broken(x: Tensor, solutions: Sequence[Solution]) -> Tensor:
 def _running(spent: Tensor) -> list[int]:
     """How many images made each iteration."""
     return [int((spent > k).sum()) for k in range(int(spent.max()))]
+
+
+def _last(solution: Solution) -> Tensor:
+    """The last residual of each image (B,)."""
+    return solution.residuals.gather(0, (solution.iterations - 1).clamp_min(0)[None])[0]
 
 
 def _counted(status: Tensor) -> dict[str, int]:
