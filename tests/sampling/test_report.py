@@ -67,7 +67,8 @@ def test_reports_of_which_one_went_on_for_longer_are_merged_by_the_images_behind
     short = dataclasses.replace(REPORT, residuals=[[0.4, 0.1], [0.2]], running=[[2, 1], [2]], residual=[0.25, 0.2])
     long = dataclasses.replace(
         REPORT, images=6, spent=9.0, most=12, passes=[5.0, 4.0], total_passes=18.0, operations=1.8e6,
-        residuals=[[0.8, 0.2, 0.05], [0.6]], running=[[6, 4, 3], [6]], residual=[0.05, 0.6], status=[{"converged": 6}, {"completed": 6}],
+        residuals=[[0.8, 0.2, 0.05], [0.6]], running=[[6, 4, 3], [6]], residual=[0.05, 0.6],
+        status=[{"converged": 6}, {"completed": 6}],
     )  # fmt: skip
     for merged in (short.merged(long), long.merged(short)):
         assert merged.residuals[0] == pytest.approx([(0.4 * 2 + 0.8 * 6) / 8, (0.1 + 0.2 * 4) / 5, 0.05])
