@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.cli.sample import DEFAULT_BUDGET, parse_iterations
-from fpdm.files import model_folder, write_aside
-from fpdm.names import needs
+from fpdm.files import check_writable, model_folder, write_aside
+from fpdm.names import needs, unknown
 
 if TYPE_CHECKING:
     from fpdm.pipeline import FixedPointDiTPipeline
@@ -49,6 +49,8 @@ def run(options: argparse.Namespace) -> int:
         needs("matplotlib", "plots")
     if min(options.pre, options.core, options.post, options.batch_size) < 1:
         raise ValueError("--pre, --core, --post and --batch-size must be at least 1")
+    if options.plot:
+        check_writable(Path(options.plot).parent)
     folder = None if options.model is None else model_folder(options.model)
     quiet_libraries()
     from fpdm.drawing import load_pipeline
@@ -68,8 +70,10 @@ def run(options: argparse.Namespace) -> int:
 
 def planned(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None", **other: Any) -> "Plan":
     """The plan that follows from the options, with others in their place."""
-    from fpdm.sampling import Cost, make_plan
+    from fpdm.sampling import SCHEDULERS, Cost, make_plan
 
+    if options.scheduler is not None and options.scheduler not in SCHEDULERS:
+        raise ValueError(unknown("scheduler", options.scheduler, SCHEDULERS))
     choices = {
         "budget": options.budget,
         "num_steps": options.steps,
@@ -86,7 +90,7 @@ def listed(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None") ->
     """What a budget buys: plans of different numbers of iterations, ramps of one of them, and tuned plans."""
     from fpdm.sampling import Plan
 
-    budget = options.budget or DEFAULT_BUDGET
+    budget = DEFAULT_BUDGET if options.budget is None else options.budget
     plans: dict[str, Plan] = {}
     for count in ITERATIONS:
         try:
@@ -94,15 +98,18 @@ def listed(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None") ->
         except ValueError:
             continue
         plans[f"{spread(plan.iterations)} each"] = plan
-    if not plans:  # an explicit network, or a budget that is too small, which is told
-        return {"": planned(options, pipe, budget=budget)}
-    steps = list(plans.values())[len(plans) // 2].num_steps
-    for allocation in ALLOCATED:
-        plans[allocation] = planned(options, pipe, budget=budget, num_steps=steps, allocation=allocation)
+    if plans:
+        steps = list(plans.values())[len(plans) // 2].num_steps
+        for allocation in ALLOCATED:
+            plans[allocation] = planned(options, pipe, budget=budget, num_steps=steps, allocation=allocation)
+    else:  # an explicit network, or a budget that is too small, which is told
+        plans[""] = planned(options, pipe, budget=budget)
     for tuned in () if pipe is None else pipe.tuned_plans:
         if tuned.budget == budget and pipe is not None:
+            known = [n for n in tuned.iterations if n is not None]
+            counts = {"iterations": known} if known else {"num_steps": len(tuned.iterations)}
             how = f"tuned: {tuned.scheduler}, reuse {tuned.reuse}, {tuned.solver}"
-            plans[how] = planned(options, pipe, budget=None, iterations=list(tuned.iterations))
+            plans[how] = pipe.plan(scheduler=tuned.scheduler, **counts)
     return plans
 
 

@@ -34,7 +34,8 @@ def run(options: argparse.Namespace) -> int:
     check_counts(options, LEAST)
     budgets, schedulers = numbers("--budget", options.budget), words(options.schedulers)
     check_processes(options)
-    path = Path(options.model.partition("=")[2] or options.model)
+    named = Path(options.model)
+    path = named if named.exists() else Path(options.model.partition("=")[2] or options.model)
     out = Path(options.out) if options.out else path / "tune"
     check_writable(out)
     needs("matplotlib", "plots")

@@ -104,7 +104,8 @@ def compute_missing(
 
 def shape_of(points: list[Point]) -> tuple[int, int]:
     """Side and channels of all models' images. Raises ValueError if their sizes differ."""
-    pipes = {point.label: load_pipeline(point.folder, "cpu", "float32") for point in points}
+    folders = {point.label: point.folder for point in points}
+    pipes = {label: load_pipeline(folder, "cpu", "float32") for label, folder in folders.items()}
     sizes = {label: side_of(pipe) for label, pipe in pipes.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the models draw images of different sizes, which one sweep cannot compare: {sizes}")

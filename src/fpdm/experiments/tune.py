@@ -16,6 +16,7 @@ goes on where it was.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from fpdm.models import DiT, FixedPointDiT
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import (
     Profile,
+    Stepper,
     TunedPlan,
     add_plans,
     cost_of,
+    fitting,
     image_generators,
     initial_noise,
-    levels_of,
     measure_profile,
 )
 from fpdm.weights import digest
@@ -48,7 +50,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tuner:
-    """What a tuning works with. `profile` is None for a network without iterations."""
+    """What a tuning works with. `profile` is None for a network without iterations, or whose iterations diverge."""
 
     label: str
     folder: str
@@ -87,25 +89,29 @@ class Tuner:
         """Numbers of timesteps x schedulers, with equal iterations and with the profile's."""
         cost, found = cost_of(self.pipe.transformer), []
         basis = Choices(budget=budget, seed=self.seed, guidance_scale=self.settings.guidance_scale)
-        if self.profile is None:
+        if cost.per_iteration == 0:
             return [replace(basis, scheduler=name) for name in self.schedulers]
-        for mean in MEANS:
-            steps = min(int(budget / (cost.fixed + cost.per_iteration * mean)), 1000)
+        most = self.pipe.scheduler.config.num_train_timesteps
+        for name, mean in product(self.schedulers, MEANS):
+            fit = fitting(int(budget / (cost.fixed + cost.per_iteration * mean)), name == "heun")
+            steps = min(fit, 2 * most - 1 if name == "heun" else most)
             total = (budget - steps * cost.fixed) // cost.per_iteration
             if steps < 1 or total < steps:
                 continue
-            counts = self.profile.iterations(levels_of(self.pipe.scheduler, steps), total)
-            for name in self.schedulers:
-                equal = replace(basis, num_inference_steps=steps, scheduler=name)
-                found += [equal, replace(equal, budget=None, num_inference_steps=None, iterations=counts)]
-        return self.possible(found)
+            equal = replace(basis, num_inference_steps=steps, scheduler=name)
+            found.append(equal)
+            if self.profile is not None:
+                stepper = Stepper(self.pipe.scheduler, name, steps, self.pipe.transformer.config.learned_variance)
+                counts = self.profile.iterations([stepper.level(call) for call in range(steps)], total)
+                found.append(replace(equal, budget=None, num_inference_steps=None, iterations=counts))
+        return self.possible(found) or self.possible([replace(basis, scheduler=name) for name in self.schedulers])
 
     def variants(self, chosen: Iterable[Choices]) -> list[Choices]:
         """Plans as they are, and with each other way to carry them out."""
         found = []
         for choices in chosen:
             found.append(choices)
-            if self.profile is None:
+            if isinstance(self.pipe.transformer, DiT):
                 continue
             others = [{"reuse": kind} for kind in ("linear", "quadratic", "none")]
             others += [{"solver": "anderson:2"}, {"solver": "anderson:2", "reuse": "linear"}]
@@ -168,7 +174,7 @@ def tune_model(
     ((label, folder),) = labelled([model]).items()
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder on this machine, in which plans could be kept: download it first")
-    pipe = load_pipeline(folder, settings.device, settings.dtype)
+    pipe = load_pipeline(folder, settings.device, "float32")
     for name in schedulers:
         pipe.check_inputs(pipe.plan(budget=min(budgets), scheduler=name), None, name)
     profile = profiled(pipe, seed, say)
@@ -184,7 +190,8 @@ def tune_model(
 
 
 def profiled(pipe: FixedPointDiTPipeline, seed: int, say: Callable[[str], None]) -> Profile | None:
-    """The errors of the model's predictions by noise level and iteration; None if it has no iterations."""
+    """The errors of the model's predictions by noise level and iteration; None if it has no iterations, or they do not
+    converge."""
     model = pipe.transformer
     if isinstance(model, DiT):
         return None
@@ -192,4 +199,8 @@ def profiled(pipe: FixedPointDiTPipeline, seed: int, say: Callable[[str], None])
     say("measuring how far predictions are from converged ones")
     noise = initial_noise(model, image_generators(seed, range(PROFILED))).to(pipe.device)
     labels = torch.arange(PROFILED) % model.config.num_classes if model.config.num_classes else None
-    return measure_profile(model, pipe.scheduler, noise, labels)
+    try:
+        return measure_profile(model, pipe.scheduler, noise, labels)
+    except ValueError as error:
+        say(f"no plans are derived from convergence: {error}")
+        return None

@@ -1,6 +1,15 @@
 """How images are drawn under a budget: plan, sampler, report."""
 
-from fpdm.sampling.budget import ALLOCATIONS, DEFAULT_BUDGET, Cost, Plan, apportion, check_allocation, make_plan
+from fpdm.sampling.budget import (
+    ALLOCATIONS,
+    DEFAULT_BUDGET,
+    Cost,
+    Plan,
+    apportion,
+    check_allocation,
+    fitting,
+    make_plan,
+)
 from fpdm.sampling.guidance import Guidance
 from fpdm.sampling.operations import cost_of, operations_of, total
 from fpdm.sampling.profile import Profile, levels_of, measure_profile
@@ -33,6 +42,7 @@ __all__ = [
     "check_allocation",
     "check_reuse",
     "cost_of",
+    "fitting",
     "image_generators",
     "initial_noise",
     "levels_of",

@@ -96,7 +96,7 @@ def make_plan(
     iterations = getattr(iterations, "tolist", lambda: iterations)()  # NumPy's arrays and numbers
     if isinstance(iterations, Sequence):
         _refuse_allocation(allocation, "a list of iterations")
-        return _listed_plan(cost, budget, num_steps, list(iterations), max_steps)
+        return _listed_plan(cost, budget, num_steps, list(iterations), max_steps, odd)
 
     iterations = _whole("iterations", iterations)
     if num_steps is None:
@@ -104,7 +104,7 @@ def make_plan(
         num_steps = fitting(_steps_for(cost, budget, iterations, max_steps), odd)
     else:
         budget, asked = _budget_for(cost, budget, num_steps, iterations), budget
-    _check_steps(num_steps, max_steps)
+    _check_steps(num_steps, max_steps, odd)
     smallest = num_steps * cost.passes(1)
     if budget < smallest:
         raise ValueError(
@@ -228,13 +228,15 @@ def _shaped(allocation: str, count: int) -> list[Fraction]:
     return [1 + slope * (place - Fraction(1, 2)) for place in places]
 
 
-def _listed_plan(cost: Cost, budget: int | None, num_steps: int | None, iterations: list[int], max_steps: int) -> Plan:
+def _listed_plan(
+    cost: Cost, budget: int | None, num_steps: int | None, iterations: list[int], max_steps: int, odd: bool
+) -> Plan:
     if not iterations:
         raise ValueError("iterations is an empty list: give one number per timestep")
     iterations = [_whole("iterations", n) or 0 for n in iterations]
     if num_steps not in (None, len(iterations)):
         raise ValueError(f"{len(iterations)} iteration counts for {num_steps} timesteps: give one per timestep")
-    _check_steps(len(iterations), max_steps)
+    _check_steps(len(iterations), max_steps, odd)
     plan = Plan(tuple(iterations), tuple(cost.passes(n) for n in iterations), budget)
     if budget not in (None, plan.planned):
         raise ValueError(f"these iterations cost {plan.planned} block passes, not {budget}: leave the budget out")
@@ -261,10 +263,15 @@ def _explicit_plan(
         raise ValueError(
             f"{num_steps} timesteps of an explicit DiT cost {smallest} block passes, not {budget}: leave one out"
         )
-    _check_steps(num_steps, max_steps)
+    _check_steps(num_steps, max_steps, odd)
     return Plan((None,) * num_steps, (cost.fixed,) * num_steps, budget)
 
 
-def _check_steps(num_steps: int, max_steps: int) -> None:
+def _check_steps(num_steps: int, max_steps: int, odd: bool) -> None:
     if not 1 <= num_steps <= max_steps:
         raise ValueError(f"{num_steps} timesteps; the noise schedule has room for 1 to {max_steps}")
+    if odd and num_steps % 2 == 0:
+        raise ValueError(
+            "heun calls the network twice at every timestep but one, so an odd number of times in all, not "
+            f"{num_steps}: take {num_steps - 1} or {num_steps + 1} steps"
+        )

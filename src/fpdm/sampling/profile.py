@@ -66,9 +66,11 @@ def weights(alpha_bar: Sequence[float]) -> np.ndarray:
 def allocated(errors: np.ndarray, total: int) -> tuple[int, ...]:
     """The counts n_t from 1 to N with sum `total` that minimise the sum of errors[t, n_t - 1], of shape (T, N).
 
-    Raises ValueError if T counts cannot sum to `total`.
+    Raises ValueError if T counts cannot sum to `total`, or an error is not finite.
     """
     steps, most = errors.shape
+    if not np.isfinite(errors).all():
+        raise ValueError("some errors are not finite: there is no telling which counts are best")
     if not steps <= total <= steps * most:
         raise ValueError(f"{steps} counts of 1 to {most} cannot sum to {total}")
     best = np.full(total + 1, np.inf)  # the smallest error of the timesteps so far, by their sum
@@ -89,7 +91,10 @@ def allocated(errors: np.ndarray, total: int) -> tuple[int, ...]:
 @torch.no_grad()
 def measure_profile(model: FixedPointDiT, template: Any, noise: Tensor, labels: Tensor | None) -> Profile:
     """Measure the errors along the model's own trajectories from `noise` (B, C, H, W), under DDIM, each solve starting
-    from the last solution as reuse has it."""
+    from the last solution as reuse has it.
+
+    Raises ValueError if its fixed points are not found.
+    """
     stepper = Stepper(template, "ddim", LEVELS, model.config.learned_variance)
     x = noise.float()
     y = torch.full((len(x),), model.null_class, device=x.device) if labels is None else labels.to(x.device)
@@ -102,6 +107,8 @@ def measure_profile(model: FixedPointDiT, template: Any, noise: Tensor, labels: 
         short = model(x, t, y, solve=Solve(stopping=FixedIterations(BETWEEN)), init=carry.start(level, len(x)))
         carry.add(level, short.solution.value)
         x = stepper.step(output.sample.float(), index, x, [])
+    if not np.isfinite(errors).all():
+        raise ValueError(f"solves of {CONVERGED} iterations diverge: there is nothing to measure errors against")
     return Profile(np.array([stepper.level(i) for i in range(LEVELS)]), np.array(errors))
 
 

@@ -1,0 +1,346 @@
+"""Tuning: what is tried at each round, which plan wins, what it costs, and that a stopped tuning goes on to the same.
+
+Distances are made up here, so that a test can say which plan is the best; `fpdm tune` has real ones.
+"""
+
+import json
+import shutil
+from functools import lru_cache
+from zlib import crc32
+
+import pytest
+from PIL import Image
+
+from fpdm.cli.quiet import quiet_libraries
+from fpdm.evaluation import Evaluation, Measure
+from fpdm.experiments import sweep
+from fpdm.experiments import tune as tuning
+from fpdm.experiments.sweep import Axes, Settings, all_points, points_of, shape_of
+from fpdm.experiments.tune import tune_model
+from fpdm.models import DiT
+from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.sampling import cost_of, load_plans, measure_profile
+from fpdm.weights import digest
+from tests.experiments.sweeps import save_models, save_pipeline
+
+BUDGET = 16
+SCHEDULERS = ["dpm++", "ddpm"]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    return save_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def models(originals, tmp_path):
+    """Models without plans."""
+    return {label: shutil.copytree(folder, tmp_path / "models" / label) for label, folder in originals.items()}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+instrument_for, profiles = sweep.instrument_for, {}
+
+
+def profile_of(model, *given):
+    if digest(model) not in profiles:
+        profiles[digest(model)] = measure_profile(model, *given)
+    return profiles[digest(model)]
+
+
+@lru_cache
+def instrument_of(data, size):
+    return instrument_for(Settings(data, device="cpu"), size)
+
+
+class Bench:
+    """Stands in for drawing and measuring: the distance of a point is whatever `distance` says of its choices."""
+
+    def __init__(self):
+        self.measured, self.stop_at = [], None
+        self.distance = lambda choices, images: 10.0
+
+    def measure_point(self, point, settings, out, processes, on_batch=None):
+        if len(self.measured) == self.stop_at:
+            raise KeyboardInterrupt
+        plan = point.choices.plan(sweep.load_pipeline(point.folder, "cpu", "float32"))
+        self.measured.append((out.name, point.budget, point.choices, plan))
+        Image.new("L", (8, 8)).save(out / "grids" / f"{point.key}.png")
+        value = self.distance(point.choices, settings.num_images)
+        measures = (Measure("FD-fake", value, value, value, 0.1, "floor"),)
+        evaluation = Evaluation(settings.num_images, 50, (50, 50), 0.1, {}, {}, measures)
+        of_point = {"model": point.label, "scheduler": point.choices.scheduler, "budget": point.budget}
+        return {**of_point, "plan": str(plan), "evaluation": evaluation.to_dict()}
+
+    def round(self, number):
+        return [(choices, plan) for name, _, choices, plan in self.measured if name == f"round-{number}"]
+
+
+@pytest.fixture
+def bench(monkeypatch, cache):
+    bench = Bench()
+    monkeypatch.setenv("FPDM_CACHE", str(cache))
+    monkeypatch.setattr(sweep, "measure_point", bench.measure_point)
+    # What is slow and the same for all rounds is made once.
+    monkeypatch.setattr(sweep, "load_pipeline", lru_cache(sweep.load_pipeline))
+    monkeypatch.setattr(sweep, "instrument_for", lambda settings, size: instrument_of(settings.data, size))
+    monkeypatch.setattr(tuning, "measure_profile", lambda *given: profile_of(*given))
+    quiet_libraries()
+    return bench
+
+
+def tune(model, out, budgets=(BUDGET,), schedulers=SCHEDULERS, num_images=400, **changes):
+    settings = Settings("digits", num_images=num_images, device="cpu", **changes)
+    return tune_model(str(model), list(budgets), list(schedulers), settings, out, seed=1, say=lambda text: None)
+
+
+def preferring(**wanted):
+    """Distances that are smallest where all of these choices are made."""
+
+    def distance(choices, images):
+        return 10.0 - sum(getattr(choices, name) == value for name, value in wanted.items())
+
+    return distance
+
+
+# What is tried
+
+
+@pytest.mark.parametrize("budget", [3, 7, 61])
+def test_no_plan_of_any_round_spends_more_than_the_budget(budget, models, bench, tmp_path):
+    tune(models["looped"], tmp_path / "out", [budget], ["dpm++", "heun"])
+    assert {name for name, *_ in bench.measured} == {"round-1", "round-2", "round-3"}
+    for _, asked, choices, plan in bench.measured:
+        assert asked == budget
+        assert budget - 1 <= plan.planned <= budget, choices
+        assert plan.planned == 2 * plan.num_steps + sum(plan.iterations)
+        assert choices.scheduler != "heun" or plan.num_steps % 2 == 1
+
+
+def test_the_first_round_has_equal_iterations_and_the_profiles_with_every_scheduler(models, bench, tmp_path):
+    tune(models["looped"], tmp_path / "out", [61])
+    tried = bench.round(1)
+    for name in SCHEDULERS:
+        of_scheduler = [pair for pair in tried if pair[0].scheduler == name]
+        equal = {plan.num_steps for choices, plan in of_scheduler if not isinstance(choices.iterations, tuple)}
+        profiled = {plan.num_steps for choices, plan in of_scheduler if isinstance(choices.iterations, tuple)}
+        assert equal == {20, 18, 17, 15, 12, 10, 7}, "of 1 to 6 iterations on average"
+        assert profiled
+        assert profiled <= equal
+    alike = [(plan.iterations, choices.scheduler) for choices, plan in tried]
+    assert len(set(alike)) == len(alike), "no plan is drawn twice"
+    assert {(choices.reuse, choices.solver, choices.seed) for choices, _ in tried} == {("plain", "picard", 1)}
+
+
+def test_the_second_round_varies_the_best_of_each_scheduler(models, bench, tmp_path):
+    bench.distance = preferring(num_inference_steps=5)
+    tune(models["looped"], tmp_path / "out")
+    tried = [choices for choices, _ in bench.round(2)]
+    assert {choices.num_inference_steps for choices in tried} == {5}
+    for name in SCHEDULERS:
+        ways = {(choices.reuse, choices.solver) for choices in tried if choices.scheduler == name}
+        kinds = {(kind, "picard") for kind in ("none", "plain", "linear", "quadratic")}
+        assert ways == kinds | {("plain", "anderson:2"), ("linear", "anderson:2")}
+        # A ramp that rises to the same iterations is the same plan.
+        assert {c.allocation for c in tried if c.scheduler == name} == {"constant", "linear:-1"}
+    assert len(set(tried) & {choices for choices, _ in bench.round(1)}) == len(SCHEDULERS), "as they were"
+
+
+def test_each_scheduler_has_its_best_plan_and_its_best_by_hand_in_the_last_round(models, bench, tmp_path):
+    bench.distance = preferring(scheduler="dpm++", reuse="linear")
+    (plan,) = tune(models["looped"], tmp_path / "out")
+    last = [choices for choices, _ in bench.round(3)]
+    ways = {(choices.scheduler, choices.reuse) for choices in last}
+    assert ways == {(name, reuse) for name in SCHEDULERS for reuse in ("plain", "linear")}
+    assert (plan.scheduler, plan.reuse) == ("dpm++", "linear")
+    assert plan.found["by_hand"] == 9.0, "the better of the two"
+
+
+def test_an_explicit_network_has_one_plan_of_each_scheduler(models, bench, tmp_path):
+    bench.distance = preferring(scheduler="ddpm")
+    (plan,) = tune(models["plain"], tmp_path / "out")
+    assert [len(bench.round(number)) for number in (1, 2, 3)] == [2, 2, 2]
+    assert (plan.iterations, plan.scheduler, plan.reuse, plan.solver) == ((None,) * 3, "ddpm", "plain", "picard")
+    assert load_plans(models["plain"]) == (plan,)
+
+
+@pytest.mark.parametrize(("num_images", "counts"), [(50, (50, 50, 50)), (130, (50, 65, 130)), (400, (100, 200, 400))])
+def test_later_rounds_have_more_images(num_images, counts, models, bench, tmp_path):
+    (plan,) = tune(models["plain"], tmp_path / "out", num_images=num_images)
+    found = [{p["evaluation"]["samples"] for p in all_points(tmp_path / f"out/round-{i}")} for i in (1, 2, 3)]
+    assert found == [{count} for count in counts]
+    assert plan.found["samples"] == num_images
+
+
+# Which one wins
+
+
+def test_the_winner_is_the_best_of_the_last_round_and_by_hand_is_compared_there(models, bench, tmp_path):
+    bench.distance = preferring(scheduler="ddpm", reuse="linear", solver="anderson:2")
+    (plan,) = tune(models["looped"], tmp_path / "out")
+    values = [p["evaluation"]["measures"][0]["value"] for p in all_points(tmp_path / "out/round-3")]
+    assert plan.found["value"] == min(values) == 7.0
+    assert (plan.scheduler, plan.reuse, plan.solver) == ("ddpm", "linear", "anderson:2")
+    assert plan.found["by_hand"] == 9.0
+    assert "block passes" in plan.found["plan_by_hand"]
+    assert {name: plan.found[name] for name in ("data", "samples", "seed", "distance")} == {
+        "data": "digits", "samples": 400, "seed": 1, "distance": "FD-fake"
+    }  # fmt: skip
+
+
+def test_what_was_best_in_early_rounds_only_does_not_win(models, bench, tmp_path):
+    """With all images, what looked best turns out the worst: the best by hand is then kept, as nothing is better."""
+    best = preferring(reuse="linear", solver="anderson:2")
+    hand = []
+
+    def distance(choices, images):
+        if images < 400:
+            return best(choices, images) + isinstance(choices.iterations, tuple)
+        plain = (choices.reuse, choices.solver, choices.allocation) == ("plain", "picard", "constant")
+        hand.extend([choices] if plain and not isinstance(choices.iterations, tuple) else [])
+        return 1.0 if hand and choices == hand[-1] else 20.0
+
+    bench.distance = distance
+    (plan,) = tune(models["looped"], tmp_path / "out")
+    assert plan.found["value"] == plan.found["by_hand"] == 1.0
+    assert (plan.reuse, plan.solver) == ("plain", "picard")
+    assert plan.found["plan_by_hand"] == str(hand[-1].plan(FixedPointDiTPipeline.from_pretrained(models["looped"])))
+
+
+@pytest.mark.parametrize("salt", range(2))
+def test_whatever_is_measured_the_winner_is_not_worse_than_the_best_by_hand(salt, models, bench, tmp_path):
+    bench.distance = lambda choices, images: float(crc32(repr((salt, images, choices)).encode()) % 1000)
+    (plan,) = tune(models["looped"], tmp_path / "out")
+    values = [p["evaluation"]["measures"][0]["value"] for p in all_points(tmp_path / "out/round-3")]
+    assert plan.found["value"] == min(values) <= plan.found["by_hand"]
+    assert {choices.scheduler for choices, _ in bench.round(3)} == set(SCHEDULERS)
+
+
+def test_the_plans_are_kept_in_the_models_folder_and_load_with_it(models, bench, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(models["looped"], run / "pipeline")
+    found = tune(f"mine={run}", tmp_path / "out", [9, 16])
+    assert [plan.budget for plan in found] == [9, 16]
+    pipe = FixedPointDiTPipeline.from_pretrained(run / "pipeline")
+    assert pipe.tuned_plans == tuple(found)
+    cost = cost_of(pipe.transformer)
+    for plan in found:
+        choices = plan.choices(plan.budget, cost)
+        assert pipe.plan(iterations=choices["iterations"]).planned <= plan.budget
+    assert {p["model"] for p in all_points(tmp_path / "out/round-1")} == {"mine"}
+
+
+def test_tuning_again_measures_nothing_twice_and_another_budget_adds_to_what_is_there(models, bench, tmp_path):
+    tune(models["looped"], tmp_path / "out", [9])
+    count = len(bench.measured)
+    tune(models["looped"], tmp_path / "out", [9])
+    assert len(bench.measured) == count, "all of it was there"
+    tune(models["looped"], tmp_path / "out", [5])
+    assert len(bench.measured) > count
+    assert [plan.budget for plan in load_plans(models["looped"])] == [5, 9]
+
+
+# Stopped
+
+
+@pytest.mark.parametrize("stop_at", [3, "last"])
+def test_a_stopped_tuning_goes_on_to_the_plans_of_one_that_nothing_came_between(stop_at, models, bench, tmp_path):
+    bench.distance = lambda choices, images: float(sum(repr((choices, images)).encode()) % 97)
+    whole = shutil.copytree(models["looped"], tmp_path / "whole/looped")
+    tune(whole, tmp_path / "whole/out", [5, 9])
+    wanted, bench.measured = bench.measured, []
+
+    bench.stop_at = len(wanted) - 1 if stop_at == "last" else stop_at
+    with pytest.raises(KeyboardInterrupt):
+        tune(models["looped"], tmp_path / "out", [5, 9])
+    kept = [plan.budget for plan in load_plans(models["looped"])]
+    assert kept == ([5] if stop_at == "last" else []), "each plan is kept as soon as it is found"
+    bench.stop_at = None
+    tune(models["looped"], tmp_path / "out", [5, 9])
+    assert bench.measured == wanted, "none of them twice"
+    assert (models["looped"] / "plans.json").read_bytes() == (whole / "plans.json").read_bytes()
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"schedulers": ["dpm++", "dpm"]}, "unknown scheduler 'dpm'. Did you mean 'dpm\\+\\+'?"),
+        ({"schedulers": [""]}, "unknown scheduler ''"),
+        ({"budgets": [2]}, "a budget of 2 block passes is too small"),
+        ({"data": "nowhere"}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_measured(changes, message, models, bench, tmp_path):
+    data = changes.pop("data", "digits")
+    settings = Settings(data, num_images=50, device="cpu")
+    options = {"budgets": [BUDGET], "schedulers": SCHEDULERS, **changes}
+    with pytest.raises(ValueError, match=message):
+        tune_model(str(models["looped"]), **options, settings=settings, out=tmp_path / "out", say=lambda text: None)
+    assert not bench.measured
+    assert not (tmp_path / "out").exists()
+    assert not (models["looped"] / "plans.json").exists()
+
+
+def test_a_model_that_is_not_on_this_machine_is_refused(bench, tmp_path):
+    with pytest.raises(ValueError, match=r"somebody/model is not a folder on this machine.*download it first"):
+        tune("somebody/model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_other_settings_or_weights_is_refused(models, bench, tmp_path):
+    tune(models["plain"], tmp_path / "out")
+    with pytest.raises(ValueError, match="num_images was 100, is 200"):
+        tune(models["plain"], tmp_path / "out", num_images=800)
+    other = save_pipeline(tmp_path / "other", DiT, depth=5, factor=0.5)
+    with pytest.raises(ValueError, match="plain had other weights"):
+        tune(f"plain={other}", tmp_path / "out")
+    assert not (tmp_path / "other/plans.json").exists()
+
+
+def test_damaged_plans_are_told_and_not_written_over(models, bench, tmp_path):
+    path = models["plain"] / "plans.json"
+    path.write_text(json.dumps([{"budget": 80}]))
+    with pytest.raises(ValueError, match="does not hold plans"):
+        tune(models["plain"], tmp_path / "out")
+    assert not bench.measured
+    assert json.loads(path.read_text()) == [{"budget": 80}]
+
+
+# Found to be wrong
+
+
+def test_a_model_is_tuned_in_lower_precision(models, monkeypatch, tmp_path, cache):
+    monkeypatch.setenv("FPDM_CACHE", str(cache))
+    tune(models["plain"], tmp_path / "out", [6], ["dpm++"], num_images=50, dtype="bfloat16")
+
+
+def test_heun_alone_is_tuned_or_refused(bench, tmp_path):
+    """Calls of 27 block passes and more: 65 passes are two calls, of every mean that is tried."""
+    model = save_pipeline(tmp_path / "thick", num_pre=13, num_post=13)
+    try:
+        (plan,) = tune(model, tmp_path / "out", [65], ["heun"])
+    except ValueError:
+        return
+    assert plan.budget == 65
+
+
+def test_a_short_noise_schedule_is_tuned(bench, tmp_path, models):
+    path = models["looped"] / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_train_timesteps": 20}))
+    (plan,) = tune(models["looped"], tmp_path / "out", [400])
+    assert len(plan.iterations) <= 20
+
+
+def test_a_model_is_opened_once_to_learn_the_size_of_its_images(originals, monkeypatch):
+    opened, load_pipeline = [], sweep.load_pipeline
+    points, _ = points_of([originals["plain"]], Axes([5, 10, 15], SCHEDULERS), Settings("digits"))
+    monkeypatch.setattr(sweep, "load_pipeline", lambda *given: opened.append(given) or load_pipeline(*given))
+    assert shape_of(points) == (8, 1)
+    assert len(opened) == 1
