@@ -4,6 +4,7 @@ python scripts/write_tables.py          writes docs/evaluation.md
 python scripts/write_tables.py --check  fails if it would change anything
 """
 
+import argparse
 import json
 import re
 import sys
@@ -81,6 +82,8 @@ def ladder(folder: str) -> str:
         cells = []
         for budget in budgets:
             some = [p for p in points if p["budget"] == budget and all(p.get(k) == v for k, v in wanted.items())]
+            if len({p["seed"] for p in some}) < len(some):
+                raise ValueError(f"{folder} has several points of {name!r} at {budget} with one seed")
             values = [p["evaluation"].measures[0].value for p in some]
             spread = f" ({significant(min(values))} to {significant(max(values))})" if values else ""
             cells.append(f"{significant(sum(values) / len(values))}{spread}" if values else "")
@@ -143,8 +146,11 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
     for page in PAGES:
         text = page.read_text()
-        if "--check" in sys.argv[1:] and rendered(text) != text:
+        if check and rendered(text) != text:
             sys.exit(f"{page.relative_to(ROOT)} differs from the kept results: run python scripts/write_tables.py")
         page.write_text(rendered(text))

@@ -476,7 +476,7 @@ def test_a_model_that_was_not_tuned_says_how_to(pipe):
         ({"class_labels": 0, "guidance_scale": float("inf")}, "guidance_scale is inf"),
         ({"guidance_interval": (5, 4)}, "the lower one first"),
         ({"guidance_channels": 0}, "at least 1"),
-        ({"guidance_channels": 2}, "there are 1 channels"),
+        ({"guidance_scale": 2.0, "guidance_channels": 2}, "there are 1 channels"),
         ({"guidance_share": 0.0}, r"in \(0, 1\]"),
         ({"scheduler": "heun", "num_inference_steps": 4}, "take 3 or 5"),
         ({"scheduler": "heun", "iterations": [2, 2]}, "take 1 or 3"),

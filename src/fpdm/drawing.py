@@ -16,8 +16,8 @@ from fpdm.data import write_npz
 from fpdm.devices import pick_device
 from fpdm.files import hold, read_json, write_aside, write_json
 from fpdm.imaging import grid
-from fpdm.pipeline import EVERYWHERE, FixedPointDiTPipeline
-from fpdm.sampling import Guidance, Plan, Purse, Report, check_reuse, solver_of
+from fpdm.pipeline import FixedPointDiTPipeline, asked_of_solves, guidance_of
+from fpdm.sampling import Guidance, Plan, Purse, Report, check_reuse
 from fpdm.weights import digest
 
 GRID_IMAGES = 100
@@ -49,8 +49,12 @@ class Choices:
     @property
     def guidance(self) -> Guidance:
         """Raises ValueError for values that cannot be."""
-        interval = EVERYWHERE if self.guidance_interval is None else tuple(self.guidance_interval)
-        return Guidance(self.guidance_scale, interval, self.guidance_channels, self.guidance_share)  # type: ignore[arg-type]
+        return guidance_of(self.guidance_scale, self.guidance_interval, self.guidance_channels, self.guidance_share)
+
+    @property
+    def solving(self) -> list[str]:
+        """What is asked of the solves of fixed points. Raises ValueError for values that cannot be."""
+        return asked_of_solves(self.reuse, self.solver, self.tolerance, self.pooled)
 
     def plan(self, pipe: FixedPointDiTPipeline) -> Plan:
         """Raises ValueError if the choices contradict each other, or the pipeline has no such thing."""
@@ -111,8 +115,9 @@ def draw_missing(
     classes = None if numbers is None else numbers.tolist()
     labels = cycled(classes, count)
     plan = choices.plan(pipe)
-    pipe.check_inputs(plan, pipe.labels(labels, None), choices.scheduler, choices.guidance)
-    solver_of(choices.solver), check_reuse(choices.reuse), Purse(count, choices.tolerance, choices.pooled)
+    pipe.check_inputs(plan, pipe.labels(labels, None), choices.scheduler, choices.guidance,
+                      solving=choices.solving)  # fmt: skip
+    Purse(count, choices.tolerance, choices.pooled)  # which refuses what cannot be
     request = {
         "model": digest(pipe.transformer),
         "classes": classes,
@@ -190,7 +195,10 @@ def _drawn(out: Path) -> tuple[set[int], Report | None]:
     if not path.is_file():
         return set(), None
     kept = read_json(path)
-    return set(kept["images"]), Report.from_dict(kept["report"])
+    try:
+        return set(kept["images"]), Report.from_dict(kept["report"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged, or of another version: {error}. Choose another --out") from error
 
 
 def _claim(out: Path, request: dict[str, Any]) -> None:

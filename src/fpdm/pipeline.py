@@ -3,7 +3,7 @@
 import math
 import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput, logging
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from fpdm.fixedpoint import Solver, Status
+from fpdm.fixedpoint import Picard, Solver, Status
 
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
 from fpdm.models.dit import DiT
@@ -106,17 +106,21 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """diffusers' `save_pretrained`, and the tuned plans."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        save_plans(Path(save_directory), self.tuned_plans)  # first: what follows may upload the folder
         super().save_pretrained(save_directory, **kwargs)
-        save_plans(Path(save_directory), self.tuned_plans)
 
-    def tuned(self, budget: int) -> dict[str, Any]:
+    def tuned(self, budget: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         """Keyword arguments of a call with the tuned plan nearest to a budget: `pipe(labels, **pipe.tuned(80))`.
 
-        Raises ValueError for a model that was not tuned.
+        Raises ValueError for a model that was not tuned with this guidance.
         """
-        plan = nearest_plan(self.tuned_plans, budget)
+        plan = nearest_plan(self.tuned_plans, budget, guidance_scale)
         if plan is None:
-            raise ValueError("this model has no tuned plans: make them with `fpdm tune`, or give a plan")
+            raise ValueError(
+                f"this model has no plans tuned with guidance scale {guidance_scale:g}: make them with `fpdm tune`, or "
+                "give a plan"
+            )
         return plan.choices(budget, cost_of(self.transformer))
 
     @property
@@ -132,18 +136,22 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         guidance: Guidance = NO_GUIDANCE,
         output_type: str = "pil",
         tensor_inputs: Sequence[str] = (),
+        solving: Collection[str] = (),
     ) -> None:
-        """Raises ValueError for what a call would refuse; `plan`, `labels` and `Guidance` check the rest."""
+        """Raises ValueError for what a call would refuse; `plan`, `labels` and `Guidance` check the rest. `solving`
+        names what is asked of the solves of fixed points."""
         config = self.transformer.config
         if output_type not in OUTPUT_TYPES:
             raise ValueError(unknown("output_type", output_type, OUTPUT_TYPES))
         if extra := set(tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callbacks can be handed {self._callback_tensor_inputs}, not {sorted(extra)}")
+        if (guidance.channels or 0) > config.in_channels:
+            raise ValueError(f"guidance_channels is {guidance.channels}; there are {config.in_channels} channels")
         if guidance.scale != 1.0 and labels is None:
             why = "this model is unconditional" if config.num_classes == 0 else "no class_labels are given"
             raise ValueError(f"{why}: there is nothing to guide towards. Leave guidance_scale at 1")
-        if (guidance.channels or 0) > config.in_channels:
-            raise ValueError(f"guidance_channels is {guidance.channels}; there are {config.in_channels} channels")
+        if isinstance(self.transformer, DiT) and solving:
+            raise ValueError(f"an explicit DiT has no fixed point to solve: leave {', '.join(sorted(solving))} out")
         Stepper(self.scheduler, scheduler, plan.num_steps, config.learned_variance)
 
     def plan(self, *, scheduler: str | None = None, **choices: Any) -> Plan:
@@ -237,10 +245,10 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             scheduler=scheduler,
         )
         labels = self.labels(class_labels, num_images)
-        interval = EVERYWHERE if guidance_interval is None else tuple(guidance_interval)
-        guidance = Guidance(guidance_scale, interval, guidance_channels, guidance_share)  # type: ignore[arg-type]
-        self.check_inputs(plan, labels, scheduler, guidance, output_type, callback_on_step_end_tensor_inputs)
+        guidance = guidance_of(guidance_scale, guidance_interval, guidance_channels, guidance_share)
         solver, reuse = solver_of(solver), check_reuse(reuse)
+        solving = asked_of_solves(reuse, solver, tolerance, pooled)
+        self.check_inputs(plan, labels, scheduler, guidance, output_type, callback_on_step_end_tensor_inputs, solving)
         count = (1 if num_images is None else num_images) if labels is None else len(labels)
         Purse(count, tolerance, pooled)  # which refuses what cannot be
         generators = _generators(generator, seed, image_indices, count)
@@ -296,6 +304,27 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             shift = getattr(self.vae.config, "shift_factor", None) or 0.0
             x = self.vae.decode((x / self.vae.config.scaling_factor + shift).to(self.vae.dtype)).sample.float()
         return self.image_processor.postprocess(x, output_type=output_type)
+
+
+def guidance_of(
+    scale: float, interval: Sequence[float] | None = None, channels: int | None = None, share: float = 1.0
+) -> Guidance:
+    """Raises ValueError for values that cannot be."""
+    if interval is not None and not isinstance(interval, Sequence):
+        raise ValueError(f"guidance_interval is {interval!r}; it must be two timesteps, the lower one first")
+    limits: Any = EVERYWHERE if interval is None else tuple(interval)
+    return Guidance(scale, limits, channels, share)
+
+
+def asked_of_solves(reuse: str | bool, solver: str | Solver, tolerance: float | None, pooled: bool) -> list[str]:
+    """Which of these options are not left as they are."""
+    asked = {
+        "reuse": check_reuse(reuse) == "linear" or reuse == "quadratic",
+        "solver": solver_of(solver) != Picard(),
+        "tolerance": tolerance is not None,
+        "pooled": pooled,
+    }
+    return [name for name, value in asked.items() if value]
 
 
 def _class_number(label: Any, count: int, names: list[str]) -> int:

@@ -182,7 +182,9 @@ def test_iterates_are_kept_across_both_phases():
     assert [split[k].requires_grad for k in (1, 2, 4)] == [False, False, True]
 
 
-@pytest.mark.parametrize(("slope", "status"), [(2.0, Status.ITERATION_LIMIT), (1e9, Status.DIVERGED)])
+@pytest.mark.parametrize(
+    ("slope", "status"), [(0.99, Status.ITERATION_LIMIT), (2.0, Status.DIVERGED), (1e9, Status.DIVERGED)]
+)
 def test_a_solve_that_failed_is_told_after_the_gradient_step(slope, status):
     spec = Solve(stopping=Tolerance(1e-3, 30), gradient=JacobianFree())
     assert spec(lambda z, _: slope * z + 1, torch.ones(1, 1), None).status.item() == status

@@ -42,11 +42,17 @@ def test_an_interval_that_no_timestep_is_in_is_no_guidance():
 
 
 @pytest.mark.parametrize("reuse", REUSE)
-def test_scale_one_is_exactly_no_guidance_whatever_the_rest_says(reuse):
-    images, report = run(guidance=Guidance(1.0, (0, 500), 1, 0.3), reuse=reuse)
+def test_guidance_that_is_nowhere_is_exactly_none(reuse):
+    images, report = run(guidance=Guidance(3.0, (2000, 3000)), reuse=reuse)
     plain, alone = run(reuse=reuse)
     assert torch.equal(images, plain)
     assert report.total_passes == alone.total_passes == alone.spent
+
+
+@pytest.mark.parametrize("choices", [{"interval": (0, 500)}, {"channels": 1}, {"share": 0.3}])
+def test_what_goes_with_a_scale_is_refused_without_one(choices):
+    with pytest.raises(ValueError, match="no guidance at guidance_scale 1"):
+        Guidance(1.0, **choices)
 
 
 def test_channels_that_are_not_guided_are_the_conditional_ones():

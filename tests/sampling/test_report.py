@@ -14,12 +14,10 @@ from tests.sampling.tiny import CALM, DIT, MODEL, run
 REPORT = Report(
     images=2, asked=12, planned=11, spent=11.0, most=11, total_passes=22.0, operations=2.2e6,
     timesteps=[999, 499], iterations=[2, 1], passes=[6.0, 5.0], residuals=[[0.5, 0.25], [0.125]],
-    running=[[2, 2], [2]], residual=[0.25, 0.125],
+    running=[[2, 2], [2]],
     status=[{"completed": 1, "diverged": 1}, {"completed": 2}], diverged=1, seconds=1.5,
 )  # fmt: skip
-EXPLICIT = dataclasses.replace(
-    REPORT, asked=None, iterations=[None, None], residuals=[], running=[], residual=[], status=[]
-)
+EXPLICIT = dataclasses.replace(REPORT, asked=None, iterations=[None, None], residuals=[], running=[], status=[])
 
 
 @pytest.mark.parametrize("report", [REPORT, EXPLICIT])
@@ -33,7 +31,7 @@ def test_the_residual_of_a_timestep_is_the_mean_of_the_last_of_each_image():
     residuals = [[0.1, 0.3, 0.5, 0.5], [nan, 0.02, 0.01, 0.01]]  # the second half is the unconditional one
     report = fabricated([1, 2, 2, 2], [Status.CONVERGED] * 4, residuals)
     assert report.residual == pytest.approx([(0.1 + 0.02) / 2])
-    assert report.residuals == [pytest.approx([0.2, 0.02])]
+    assert report.residuals == [pytest.approx([0.2, 0.06])]  # the one that has stopped counts with its last
 
 
 def test_merging_weights_by_images_and_adds_the_time():
@@ -62,19 +60,21 @@ def test_merging_in_any_order_is_the_same():
     assert a.merged(b).merged(c).residuals[1] == pytest.approx([3 / 8])  # (1 x 1 + 2 x 1/2 + 5 x 1/5) / 8
 
 
-def test_reports_of_which_one_went_on_for_longer_are_merged_by_the_images_behind_each_iteration():
+def test_the_images_of_a_report_that_stopped_first_stay_at_their_last_residual():
     # Of two images one made a second iteration; of six, four made it, and three a third.
-    short = dataclasses.replace(REPORT, residuals=[[0.4, 0.1], [0.2]], running=[[2, 1], [2]], residual=[0.25, 0.2])
+    short = dataclasses.replace(REPORT, residuals=[[0.4, 0.1], [0.2]], running=[[2, 1], [2]])
     long = dataclasses.replace(
         REPORT, images=6, spent=9.0, most=12, passes=[5.0, 4.0], total_passes=18.0, operations=1.8e6,
-        residuals=[[0.8, 0.2, 0.05], [0.6]], running=[[6, 4, 3], [6]], residual=[0.05, 0.6],
+        residuals=[[0.8, 0.2, 0.05], [0.6]], running=[[6, 4, 3], [6]],
         status=[{"converged": 6}, {"completed": 6}],
     )  # fmt: skip
     for merged in (short.merged(long), long.merged(short)):
-        assert merged.residuals[0] == pytest.approx([(0.4 * 2 + 0.8 * 6) / 8, (0.1 + 0.2 * 4) / 5, 0.05])
+        assert merged.residuals[0] == pytest.approx(
+            [(0.4 * 2 + 0.8 * 6) / 8, (0.1 * 2 + 0.2 * 6) / 8, (0.1 * 2 + 0.05 * 6) / 8]
+        )
         assert merged.residuals[1] == pytest.approx([0.5])
         assert merged.running == [[8, 5, 3], [8]]
-        assert merged.residual == pytest.approx([0.1, 0.5])
+        assert merged.residual == [merged.residuals[0][-1], merged.residuals[1][-1]]
         assert merged.status == [{"completed": 1, "diverged": 1, "converged": 6}, {"completed": 8}]
         assert (merged.spent, merged.most, merged.total_passes, merged.operations) == (9.5, 12, 19.0, 1.9e6)
         assert merged.passes == [5.25, 4.25]

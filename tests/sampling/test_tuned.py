@@ -76,9 +76,9 @@ def test_the_nearest_plan_to_no_budget_is_refused():
 
 def test_the_choices_of_a_plan_are_those_of_a_call():
     common, cost = {"scheduler": "heun", "reuse": "linear", "solver": "anderson:2"}, Cost(2, 1)
-    assert SMALL.choices(40, cost) == common | {"iterations": [3, 2, 4, 3]}
+    assert SMALL.choices(40, cost) == common | {"iterations": [3, 2, 4, 3], "budget": 40}
     assert SMALL.choices(80, cost) == common | {"iterations": 3, "budget": 80}
     assert SMALL.choices(4, cost) == common | {"iterations": 2, "budget": 4}  # as many as fit one timestep
     explicit = {"scheduler": "dpm++", "reuse": "plain", "solver": "picard"}
-    assert EXPLICIT.choices(84, Cost(28, 0)) == explicit | {"num_inference_steps": 3}
+    assert EXPLICIT.choices(84, Cost(28, 0)) == explicit | {"num_inference_steps": 3, "budget": 84}
     assert EXPLICIT.choices(28, Cost(28, 0)) == explicit | {"budget": 28}

@@ -87,8 +87,10 @@ def planned(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None", *
 
 
 def listed(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None") -> dict[str, "Plan"]:
-    """What a budget buys: plans of different numbers of iterations, ramps of one of them, and tuned plans."""
-    from fpdm.sampling import Plan
+    """What a budget buys: plans of different numbers of iterations, ramps of one of them, and the tuned plan that
+    `fpdm sample` would take."""
+    from fpdm.drawing import Choices
+    from fpdm.sampling import Plan, nearest_plan
 
     budget = DEFAULT_BUDGET if options.budget is None else options.budget
     plans: dict[str, Plan] = {}
@@ -104,12 +106,11 @@ def listed(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None") ->
             plans[allocation] = planned(options, pipe, budget=budget, num_steps=steps, allocation=allocation)
     else:  # an explicit network, or a budget that is too small, which is told
         plans[""] = planned(options, pipe, budget=budget)
-    for tuned in () if pipe is None else pipe.tuned_plans:
-        if tuned.budget == budget and pipe is not None:
-            known = [n for n in tuned.iterations if n is not None]
-            counts = {"iterations": known} if known else {"num_steps": len(tuned.iterations)}
-            how = f"tuned: {tuned.scheduler}, reuse {tuned.reuse}, {tuned.solver}"
-            plans[how] = pipe.plan(scheduler=tuned.scheduler, **counts)
+    tuned = None if pipe is None else nearest_plan(pipe.tuned_plans, budget)
+    if pipe is not None and tuned is not None:
+        chosen = Choices(**pipe.tuned(budget))
+        for_budget = "" if tuned.budget == budget else f" for {tuned.budget}"
+        plans[f"tuned{for_budget}: {tuned.scheduler}, reuse {tuned.reuse}, {tuned.solver}"] = chosen.plan(pipe)
     return plans
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpdm.cli.quiet import quiet_libraries
-from fpdm.files import check_writable, model_folder
+from fpdm.files import check_writable, model_folder, read_json
 from fpdm.names import needs
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fpdm.sampling import Report
 
 DEFAULT_BUDGET = 160
+PLANNED = ("num_inference_steps", "iterations", "allocation", "reuse", "solver", "tolerance", "scheduler")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,6 +51,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, num_images: int) -> N
     compute.add_argument("--tolerance", type=float, metavar="R",
                          help="relative residual at which an image's solve stops")  # fmt: skip
     compute.add_argument("--pooled", action="store_true", help="share what is left over with the batch")
+    compute.add_argument("--untuned", action="store_true", help="leave the model's tuned plans out")
     compute.add_argument("--scheduler", metavar="{ddpm,ddim,dpm++,unipc,euler,heun}",
                          help="sampling method (default: the model's)")  # fmt: skip
     guidance = parser.add_argument_group("guidance")
@@ -121,15 +123,29 @@ def choices_of(options: argparse.Namespace, pipe: "FixedPointDiTPipeline") -> "C
     }
     rest = {name: value for name, value in guidance.items() if value is not None}
     rest |= {"seed": options.seed, "pooled": options.pooled}
-    budget = options.budget
-    wanted = DEFAULT_BUDGET if budget is None else budget
-    tuned = None if planned or options.pooled else nearest_plan(pipe.tuned_plans, wanted)
-    if tuned is None:
-        return Choices(budget=budget, **planned, **rest)
-    budget = tuned.budget if budget is None else budget
-    print(f"the tuned plan for {tuned.budget} block passes{'' if budget == tuned.budget else ', the nearest one'}: "
+    wanted = DEFAULT_BUDGET if options.budget is None else options.budget
+    if not planned and (kept := begun(Path(options.out), (options.budget, wanted))):
+        return Choices(**kept, **rest)
+    scale = rest.get("guidance_scale", 1.0)
+    tuned = nearest_plan(pipe.tuned_plans, wanted, scale)
+    if planned or options.pooled or options.untuned or tuned is None:
+        if pipe.tuned_plans and not options.untuned:
+            why = f"--{min(planned).replace('_', '-')}" if planned else f"guidance scale {scale:g}"
+            print(f"the model's tuned plans are left out, which are not for {why}")
+        return Choices(budget=options.budget, **planned, **rest)
+    print(f"the tuned plan for {tuned.budget} block passes{'' if wanted == tuned.budget else ', the nearest one'}: "
           f"{tuned.scheduler}, reuse {tuned.reuse}, solver {tuned.solver}")  # fmt: skip
-    return Choices(**pipe.tuned(budget), **rest)
+    return Choices(**pipe.tuned(wanted, scale), **rest)
+
+
+def begun(out: Path, budgets: tuple[int | None, ...]) -> dict[str, Any]:
+    """The plan that a folder was begun with, if for one of these budgets: it is gone on with so, whatever was tuned
+    since."""
+    path = out / "request.json"
+    kept = read_json(path) if path.is_file() else {}
+    if not isinstance(kept, dict) or kept.get("budget") not in budgets:
+        return {}
+    return {name: kept[name] for name in ("budget", *PLANNED) if kept.get(name) is not None}
 
 
 def parse_interval(text: str | None) -> list[float] | None:

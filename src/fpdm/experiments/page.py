@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable
 from importlib.resources import files
 from itertools import groupby
+from math import inf
 from pathlib import Path
+from statistics import mean
 from string import Template
 from typing import Any
 
@@ -86,8 +88,8 @@ def plot(rows: list[Row], x: str, name: str) -> str:
         for (model, scheduler), group in groupby(rows, key=lambda row: (row["model"], row["scheduler"])):
             series = list(group)
             colour, marker = COLOURS[models.index(model) % len(COLOURS)], MARKERS.get(scheduler, "D")
-            best = best_of(series, measured)
-            axis.plot([row[x] for row in best], [measured(row).value for row in best], color=colour,
+            best = best_of(series, x, measured)
+            axis.plot([place for place, _ in best], [value for _, value in best], color=colour,
                       marker=marker, markersize=5, linewidth=1.1)  # fmt: skip
             values = [measured(row) for row in series]
             spread = [[max(0, m.value - m.low) for m in values], [max(0, m.high - m.value) for m in values]]
@@ -134,14 +136,18 @@ def legend(rows: list[Row]) -> str:
     return "".join(f"<li>{item}</li>" for item in [*colours, *marks])
 
 
-def best_of(series: list[Row], measured: Callable[[Row], Measure]) -> list[Row]:
-    """Of each budget the point with the best value, in order."""
-
-    def worse(m: Measure) -> float:
-        return {"higher": -m.value, "lower": m.value, "floor": abs(m.value - m.floor)}[m.better]
-
-    ordered = sorted(series, key=lambda row: (row["budget"], worse(measured(row))))
-    return [next(group) for _, group in groupby(ordered, key=lambda row: row["budget"])]
+def best_of(series: list[Row], x: str, measured: Callable[[Row], Measure]) -> list[tuple[float, float]]:
+    """Of each budget the plan with the best mean over its seeds: where it is and that mean, in order. The best point of
+    several seeds would be a lucky one."""
+    plans: dict[tuple[Any, ...], list[Row]] = {}
+    for row in series:
+        plans.setdefault((row["budget"], row["plan"], *how({**row, "seed": 0})), []).append(row)
+    found: dict[int, tuple[float, float, float]] = {}
+    for (budget, *_), rows in plans.items():
+        m, value = measured(rows[0]), mean(measured(row).value for row in rows)
+        worse = {"higher": -value, "lower": value, "floor": abs(value - m.floor)}[m.better]
+        found[budget] = min(found.get(budget, (inf, 0, 0)), (worse, mean(row[x] for row in rows), value))
+    return [(place, value) for _, (_, place, value) in sorted(found.items())]
 
 
 def linked(svg: str, rows: list[Row], name: str) -> str:

@@ -74,8 +74,8 @@ class Axes:
             yield budget, Choices(budget, None, iterations, allocation, reuse, solver, scheduler=scheduler,
                           guidance_scale=scale, seed=seed), False  # fmt: skip
         for seed, budget in product(self.seeds, self.budgets if self.tuned else ()):
-            if any(plan.budget == budget for plan in pipe.tuned_plans):
-                chosen = pipe.tuned(budget)
+            if any((plan.budget, plan.guidance_scale) == (budget, scale) for plan in pipe.tuned_plans):
+                chosen = pipe.tuned(budget, scale)
                 if isinstance(chosen.get("iterations"), list):
                     chosen["iterations"] = tuple(chosen["iterations"])
                 yield budget, Choices(**chosen, guidance_scale=scale, seed=seed), True
@@ -145,6 +145,9 @@ def points_of(models: list[str], axes: Axes, settings: Settings) -> tuple[list[P
         pipe = load_pipeline(folder, "cpu", "float32")
         identity = digest(pipe.transformer)
         seen: set[Any] = set()
+        for budget in axes.budgets if axes.tuned else ():
+            if (budget, settings.guidance_scale) not in {(p.budget, p.guidance_scale) for p in pipe.tuned_plans}:
+                left_out.append(f"{label}-{budget}-tuned: the model has no such plan")
         for budget, choices, tuned in axes.choices(pipe, settings.guidance_scale):
             try:
                 plan, point = choices.plan(pipe), Point.of(label, folder, identity, pipe, budget, choices, tuned)

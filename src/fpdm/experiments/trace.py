@@ -69,7 +69,7 @@ def plot_report(report: Report, planned: Sequence[int], path: str | os.PathLike)
     if report.residuals:
         table = np.full((max(map(len, report.residuals)), len(places)), np.nan)
         for column, row in enumerate(report.residuals):
-            table[: len(row), column] = row
+            table[: len(row), column] = [np.nan if r is None else r for r in row]
         shown = heat.imshow(
             np.log10(np.maximum(table, 1e-12)), aspect="auto", origin="lower", cmap="viridis_r",
             extent=(-0.5, len(places) - 0.5, 0.5, len(table) + 0.5),

@@ -21,7 +21,8 @@ from fpdm.fixedpoint.stopping import Counts, Stopping
 from fpdm.fixedpoint.trees import select
 
 Function = Callable[[Tensor, Any], Tensor]
-GROWTH, HARMLESS = 10.0, 1e-3  # a residual that ends at so many times its smallest, or of this, has diverged
+# A solve has diverged whose |f(z) - z| ends at so many times its smallest, unless that is so small a part of |f(z)|.
+GROWTH, HARMLESS = 10.0, 1e-2
 
 
 class Status(IntEnum):
@@ -95,36 +96,43 @@ def solve(
     running = _Running(z, context, solver.init(z), limits, rescue)
     out, rows, kept = z, [], {}
     spent = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    status = torch.full_like(spent, Status.COMPLETED)
     if limits is not None:
-        out, running = _without(out, running, limits > 0)
+        out, status, running = _without(out, status, running, stopping, limits > 0)
 
     for k in range(1, most + 1):
         fz = f(running.z, running.context)
-        r = relative_residual(running.z, fz) if track else None
+        distance, r = _residuals(running.z, fz) if track else (None, None)
         rows.append(_row(r, running.places, spent))
         here = running.places
         spent = spent + 1 if here is None else spent.index_add(0, here, torch.ones_like(here))
-        running = running.moved(solver, fz, r, stopping)
+        running = running.moved(solver, fz, distance, r, stopping)
         if k in keep:
             kept[k] = running.into(out, rescue=False)
         going = _going(running, stopping, k)
         if going is not None:
-            out, running = _without(out, running, going)
+            out, status, running = _without(out, status, running, stopping, going)
             if not len(running.z):
                 break
 
     residuals = torch.stack(rows) if rows else z.new_empty((0, len(z)), dtype=torch.float32)
-    return Solution(running.into(out), residuals, spent, _status(residuals, spent, stopping, track), kept)
+    return Solution(running.into(out), residuals, spent, running.told(status, stopping), kept)
+
+
+def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
+    """|f(z) - z| / |f(z)| per sample, (batch,) float32. Not differentiated: it is a measurement."""
+    return _residuals(z, fz)[1]
 
 
 @torch.no_grad()
-def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
-    """|f(z) - z| / |f(z)| per sample, (batch,) float32. Not differentiated: it is a measurement."""
+def _residuals(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
+    """|f(z) - z|, and its ratio to |f(z)|, per sample, (batch,)."""
     # In float64: squares of values above 1e19 overflow float32, and those below 1e-19 vanish.
     dtype = torch.float32 if fz.device.type == "mps" else torch.float64
     distance, size = (torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype) for v in (fz - z, fz))
     # The second term keeps the ratio finite where f(z) = 0: infinite means diverged.
-    return (distance / torch.maximum(size, 1e-30 * distance).clamp_min(torch.finfo(dtype).tiny)).float()
+    ratio = distance / torch.maximum(size, 1e-30 * distance).clamp_min(torch.finfo(dtype).tiny)
+    return distance, ratio.float()
 
 
 @dataclass(frozen=True)
@@ -134,8 +142,9 @@ class _Running:
     limits    (n,) on the CPU, the most iterations of each; None where all have the same
     rescue    whether to keep `best` and `least`
     places    (n,) their numbers in the batch; None while that is all of it
-    best      (n, ...) f at the iterate of the smallest residual, and that residual (n,)
-    residual  (n,) of the last iteration
+    best      (n, ...) f at the iterate of the smallest |f(z) - z|
+    least     (n,) that distance, and that of the last iteration
+    residual  (n,) of the last iteration, relative
     """
 
     z: Tensor
@@ -146,9 +155,12 @@ class _Running:
     places: Tensor | None = None
     best: Tensor | None = None
     least: Tensor | None = None
+    distance: Tensor | None = None
     residual: Tensor | None = None
 
-    def moved(self, solver: Solver, fz: Tensor, residual: Tensor | None, stopping: Stopping) -> "_Running":
+    def moved(
+        self, solver: Solver, fz: Tensor, distance: Tensor | None, residual: Tensor | None, stopping: Stopping
+    ) -> "_Running":
         """These samples after an iteration."""
         following, state = solver.step(self.z, fz, self.state)
         if stopping.reads_residual:
@@ -156,29 +168,48 @@ class _Running:
             assert residual is not None
             following = torch.where(_column(stopping.unfinished(residual), fz), following, fz)
         best, least = self.best, self.least
-        if self.rescue:
-            assert residual is not None
-            if best is None or least is None:
-                best, least = self.z.to(fz.dtype), torch.full_like(residual, torch.inf)
-            better = residual < least  # never of a NaN
-            best, least = torch.where(_column(better, fz), fz, best), residual.where(better, least)
-        return replace(self, z=following, state=state, best=best, least=least, residual=residual)
+        if distance is not None:
+            least = torch.full_like(distance, torch.inf) if least is None else least
+            if self.rescue:
+                best = self.z.to(fz.dtype) if best is None else best
+                best = torch.where(_column(distance < least, fz), fz, best)  # never at a NaN
+            least = torch.where(distance < least, distance, least)
+        return replace(self, z=following, state=state, best=best, least=least, distance=distance, residual=residual)
 
     def selected(self, stay: Tensor) -> "_Running":
         """Those at `stay` (m,), numbers among these samples."""
         here = stay.to(self.z.device, non_blocking=True)
-        tensors = (self.z, self.context, self.state, self.best, self.least, self.residual)
-        z, context, state, best, least, residual = select(tensors, here)
+        tensors = (self.z, self.context, self.state, self.best, self.least, self.distance, self.residual)
+        z, context, state, *measured = select(tensors, here)
         limits = None if self.limits is None else self.limits[stay.cpu()]
         places = here if self.places is None else self.places[here]
-        return _Running(z, context, state, limits, self.rescue, places, best, least, residual)
+        return _Running(z, context, state, limits, self.rescue, places, *measured)
 
     def into(self, out: Tensor, rescue: bool = True) -> Tensor:
         """`out` (batch, ...) with the values of these samples in their places."""
         value = self.z
-        if rescue and self.best is not None and self.least is not None and self.residual is not None:
-            value = torch.where(_column(_diverged(self.residual, self.least), value), self.best, value)
+        if rescue and self.best is not None:
+            value = torch.where(_column(self.diverged, value), self.best, value)
         return value if self.places is None else out.to(value.dtype).index_copy(0, self.places, value)
+
+    @property
+    def diverged(self) -> Tensor:
+        """Which of the samples have diverged so far (n,), nothing being waited for."""
+        assert self.distance is not None
+        assert self.least is not None
+        assert self.residual is not None
+        grown = (self.distance > GROWTH * self.least) & (self.residual > HARMLESS)
+        return grown | ~self.distance.isfinite() | ~self.residual.isfinite()
+
+    def told(self, status: Tensor, stopping: Stopping) -> Tensor:
+        """`status` (batch,) with how these samples ended in their places."""
+        if self.residual is None:
+            return status
+        ended = status.new_full((len(self.z),), Status.COMPLETED)
+        if stopping.reads_residual:
+            ended = torch.where(stopping.unfinished(self.residual), Status.ITERATION_LIMIT, Status.CONVERGED)
+        ended = torch.where(self.diverged, Status.DIVERGED, ended)
+        return ended if self.places is None else status.index_copy(0, self.places, ended)
 
 
 def _limits(limit: Counts, batch: int) -> tuple[int, Tensor | None]:
@@ -201,11 +232,13 @@ def _going(running: _Running, stopping: Stopping, k: int) -> Tensor | None:
     return None if going is None or bool(going.all()) else going
 
 
-def _without(out: Tensor, running: _Running, going: Tensor) -> tuple[Tensor, _Running]:
-    """`out` with the values of the samples that are finished, and the others."""
+def _without(
+    out: Tensor, status: Tensor, running: _Running, stopping: Stopping, going: Tensor
+) -> tuple[Tensor, Tensor, _Running]:
+    """`out` and `status` with those of the samples that are finished, and the others."""
     if bool(going.all()):
-        return out, running
-    return running.into(out), running.selected(going.nonzero().squeeze(1))
+        return out, status, running
+    return running.into(out), running.told(status, stopping), running.selected(going.nonzero().squeeze(1))
 
 
 def _row(r: Tensor | None, places: Tensor | None, spent: Tensor) -> Tensor:
@@ -218,21 +251,3 @@ def _row(r: Tensor | None, places: Tensor | None, spent: Tensor) -> Tensor:
 
 def _column(mask: Tensor, like: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (like.dim() - 1))
-
-
-def _diverged(last: Tensor, least: Tensor) -> Tensor:
-    """Whether a sample's last residual is not finite, or has grown (batch,)."""
-    return ~(last <= GROWTH * least.clamp_min(HARMLESS)) | ~last.isfinite()
-
-
-def _status(residuals: Tensor, spent: Tensor, stopping: Stopping, tracked: bool) -> Tensor:
-    """Status codes (batch,), computed on the device: nothing here waits for a value."""
-    completed = torch.full_like(spent, Status.COMPLETED)
-    if not tracked or not len(residuals):
-        return completed
-    last = residuals.gather(0, (spent - 1).clamp_min(0).unsqueeze(0))[0]
-    ended = completed
-    if stopping.reads_residual:
-        ended = torch.where(stopping.unfinished(last), Status.ITERATION_LIMIT, Status.CONVERGED)
-    least = residuals.nan_to_num(nan=torch.inf).min(0).values
-    return torch.where(_diverged(last, least) & (spent > 0), Status.DIVERGED, ended)

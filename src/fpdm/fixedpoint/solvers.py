@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 State = Any
+FARTHEST = 1e3  # times |f(z) - z|: a contraction by 0.999 has its solution so far beyond f(z)
 
 
 class Solver(Protocol):
@@ -101,7 +102,7 @@ class Anderson:
         following = steps[-1] + sum(
             (share * (step - steps[-1]) for share, step in zip(shares[:-1], steps[:-1], strict=True)), start=0.0
         )
-        return settled(following, fz), state  # type: ignore[arg-type]
+        return settled(following, fz, residual), state  # type: ignore[arg-type]
 
     def _shares(self, products: Tensor) -> Tensor:
         """The weights a (batch, pairs); the last one alone where the system cannot be solved. With b_i = a_i / c_i:
@@ -123,9 +124,10 @@ class Anderson:
         with torch.no_grad():
             found, failed = torch.linalg.solve_ex(system, eye[:, :1].expand(batch, -1, 1))
             failed = ((failed != 0) | ~found.isfinite().all(1)[:, 0])[:, None, None]
-        # Failed systems are taken out before they are solved, since their gradient would not be finite either.
-        right = torch.where(failed, eye[:, -1:], eye[:, :1])
-        found, _ = torch.linalg.solve_ex(torch.where(failed, eye, system), right)
+        if system.requires_grad:
+            # Failed systems are taken out before they are solved, since their gradient would not be finite either.
+            right = torch.where(failed, eye[:, -1:], eye[:, :1])
+            found, _ = torch.linalg.solve_ex(torch.where(failed, eye, system), right)
         shares = torch.where(failed[:, :, 0], eye[-1, 1:], found[:, 1:, 0] * torch.where(failed[:, :, 0], 1, c))
         return (shares / shares.sum(1, keepdim=True)).to(products.dtype)
 
@@ -167,12 +169,14 @@ class Broyden:
             moved, changed = z_flat - state.z, residual - state.residual  # type: ignore[operator]
             right = transposed(moved, lefts, rights)
             size, left = (right * changed).sum(1, keepdim=True), moved - applied(changed, lefts, rights)
-            usable = ((left / size).isfinite().all(1) & right.isfinite().all(1))[:, None]
+            scale = torch.linalg.vector_norm(right, dim=1) * torch.linalg.vector_norm(changed, dim=1)
+            telling = size.abs() > torch.finfo(size.dtype).eps * scale[:, None]  # not lost in rounding
+            usable = telling & ((left / size).isfinite().all(1) & right.isfinite().all(1))[:, None]
             # What is not usable is taken out before the division, whose gradient would not be finite either.
             lefts = (*lefts, left.where(usable, 0) / size.where(usable, 1))
             rights = (*rights, right.where(usable, 0))
         following = z_flat - applied(residual, lefts, rights)
-        return settled(following, fz), Updates(z_flat, residual, lefts, rights)
+        return settled(following, fz, residual), Updates(z_flat, residual, lefts, rights)
 
 
 def applied(x: Tensor, lefts: tuple[Tensor, ...], rights: tuple[Tensor, ...]) -> Tensor:
@@ -193,10 +197,13 @@ def flat(z: Tensor) -> Tensor:
     return z.flatten(1).to(torch.promote_types(z.dtype, torch.float32))
 
 
-def settled(following: Tensor, fz: Tensor) -> Tensor:
-    """`following` (batch, P) in the shape and type of fz, but fz for the samples of which something is not finite."""
-    following = following.to(fz.dtype)
-    return following.where(following.isfinite().all(1)[:, None], fz.flatten(1)).view_as(fz)
+def settled(following: Tensor, fz: Tensor, residual: Tensor) -> Tensor:
+    """`following` (batch, P) in the shape and type of fz; but fz for the samples of which something is not finite, or
+    that would go so far beyond f(z) that there is no trusting it. `residual` is f(z) - z (batch, P)."""
+    following, plain = following.to(fz.dtype), fz.flatten(1)
+    far = torch.linalg.vector_norm((following - plain).float(), dim=1)
+    trusted = far <= FARTHEST * torch.linalg.vector_norm(residual.float(), dim=1)  # never of a NaN
+    return following.where((trusted & following.isfinite().all(1))[:, None], plain).view_as(fz)
 
 
 def check_damping(damping: float) -> None:

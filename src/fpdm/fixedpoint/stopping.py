@@ -77,8 +77,8 @@ class Tolerance:
 
 
 def check_tolerance(relative: float) -> None:
-    if not 0 < relative < float("inf"):
-        raise ValueError(f"relative tolerance is {relative}; it must be above 0, e.g. 1e-3")
+    if not isinstance(relative, int | float) or not 0 < relative < float("inf"):
+        raise ValueError(f"relative tolerance is {relative!r}; it must be above 0, e.g. 1e-3")
 
 
 def check_counts(name: str, counts: Counts, least: int) -> None:

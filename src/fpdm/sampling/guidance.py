@@ -34,6 +34,8 @@ class Guidance:
             raise ValueError(f"guidance_channels is {self.channels}; it must be at least 1, or None for all")
         if not 0 < self.share <= 1:
             raise ValueError(f"guidance_share is {self.share}; it must lie in (0, 1], 1 for as many iterations")
+        if self.scale == 1 and (self.channels is not None or self.share != 1 or self.interval != (0, math.inf)):
+            raise ValueError("there is no guidance at guidance_scale 1: leave its interval, channels and share out")
 
     def at(self, t: int) -> bool:
         """Whether to guide at a timestep."""
@@ -41,7 +43,7 @@ class Guidance:
 
     def iterations(self, conditional: int) -> int:
         """The unconditional evaluation's iterations, at least 1."""
-        return max(1, round(self.share * conditional))
+        return max(1, math.floor(self.share * conditional + 0.5))
 
     def combined(self, output: Tensor, channels: int) -> Tensor:
         """The guided output (B, C or 2C, H, W) from both halves (2B, C or 2C, H, W), conditional first, of a prediction

@@ -1,8 +1,9 @@
 """What a sampling spent, and how well its fixed points were solved."""
 
+import itertools
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ class Report:
     timesteps     of the noise schedule
     iterations    planned per timestep; None at every timestep of a network without iterations
     passes        spent per timestep, on average
-    residuals     per timestep and iteration, |f(z) - z| / |f(z)|, mean over images; empty without iterations
+    residuals     per timestep and iteration, |f(z) - z| / |f(z)|, mean over images, of which those that have stopped
+                  count with their last, and those that diverged do not; None if all did. Empty without iterations
     running       per timestep and iteration, the images that made it
-    residual      per timestep, the last residual of an image, mean over images: how far from solved it was left
     status        per timestep, how many images ended how: see `Status`
     diverged      images of which a fixed point diverged, or that are not finite: they may show nothing
     seconds       in all, from noise to images (without decoding and writing)
@@ -47,12 +48,16 @@ class Report:
     timesteps: list[int]
     iterations: list[int | None]
     passes: list[float]
-    residuals: list[list[float]]
+    residuals: list[list[float | None]]
     running: list[list[int]]
-    residual: list[float]
     status: list[dict[str, int]]
     diverged: int
     seconds: float
+
+    @property
+    def residual(self) -> list[float | None]:
+        """The last residual of each timestep: how far from solved it was left."""
+        return [row[-1] for row in self.residuals if row]
 
     def merged(self, other: "Report") -> "Report":
         """This report and another of the same plan as one: means weighted by images, seconds added."""
@@ -62,10 +67,6 @@ class Report:
         def mean(mine: float, theirs: float) -> float:
             return mine + share * (theirs - mine)
 
-        both = [
-            merged_residuals(*rows)
-            for rows in zip(self.residuals, self.running, other.residuals, other.running, strict=True)
-        ]
         return replace(
             self,
             images=images,
@@ -74,9 +75,14 @@ class Report:
             total_passes=mean(self.total_passes, other.total_passes),
             operations=mean(self.operations, other.operations),
             passes=[mean(a, b) for a, b in zip(self.passes, other.passes, strict=True)],
-            residuals=[residuals for residuals, _ in both],
-            running=[running for _, running in both],
-            residual=[mean(a, b) for a, b in zip(self.residual, other.residual, strict=True)],
+            residuals=[
+                [a if b is None else b if a is None else mean(a, b) for a, b in alongside(mine, theirs)]
+                for mine, theirs in zip(self.residuals, other.residuals, strict=True)
+            ],
+            running=[
+                [a + b for a, b in itertools.zip_longest(mine, theirs, fillvalue=0)]
+                for mine, theirs in zip(self.running, other.running, strict=True)
+            ],
             status=[dict(Counter(a) + Counter(b)) for a, b in zip(self.status, other.status, strict=True)],
             diverged=self.diverged + other.diverged,
             seconds=self.seconds + other.seconds,
@@ -98,17 +104,10 @@ class Report:
         Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
 
 
-def merged_residuals(
-    mine: list[float], counts: list[int], theirs: list[float], others: list[int]
-) -> tuple[list[float], list[int]]:
-    """Residuals and the images behind them, of two samplings at one timestep: one may have gone on for longer."""
-    residuals, running = [], []
+def alongside(mine: list[Any], theirs: list[Any]) -> Iterator[tuple[Any, Any]]:
+    """The residuals of two samplings at one timestep, side by side: the one that stopped first stays at its last."""
     for k in range(max(len(mine), len(theirs))):
-        a, n = (mine[k], counts[k]) if k < len(mine) else (0.0, 0)
-        b, m = (theirs[k], others[k]) if k < len(theirs) else (0.0, 0)
-        residuals.append((a * n + b * m) / max(n + m, 1))
-        running.append(n + m)
-    return residuals, running
+        yield mine[min(k, len(mine) - 1)], theirs[min(k, len(theirs) - 1)]
 
 
 def report_of(
@@ -148,9 +147,8 @@ def report_of(
         timesteps=timesteps,
         iterations=list(plan.iterations),
         passes=per_step.double().mean(1).tolist(),
-        residuals=[_mean_of_finite(s.residuals[: int(s.iterations[:images].max()), :images]) for s in found],
+        residuals=[_means(s.residuals[:, :images], s.iterations[:images]) for s in found],
         running=[_running(s.iterations[:images]) for s in found],
-        residual=[_mean_of_finite(_last(s)[None, :images])[0] for s in found],
         status=[_counted(s.status[:images]) for s in found],
         diverged=int(_broken(x, found).sum()),
         seconds=seconds,
@@ -181,17 +179,14 @@ def _running(spent: Tensor) -> list[int]:
     return [int((spent > k).sum()) for k in range(int(spent.max()))]
 
 
-def _last(solution: Solution) -> Tensor:
-    """The last residual of each image (B,)."""
-    return solution.residuals.gather(0, (solution.iterations - 1).clamp_min(0)[None])[0]
-
-
 def _counted(status: Tensor) -> dict[str, int]:
     return {Status(code).name.lower(): count for code, count in sorted(Counter(status.tolist()).items())}
 
 
-def _mean_of_finite(residuals: Tensor) -> list[float]:
-    """The mean residual of each iteration, (iterations, B) -> (iterations,), over the images that had one: one that
-    diverged must not hide the others, and JSON knows no NaN. 0 where all diverged; the report counts those."""
-    finite = residuals.isfinite()
-    return (residuals.masked_fill(~finite, 0).sum(1) / finite.sum(1).clamp_min(1)).tolist()
+def _means(residuals: Tensor, spent: Tensor) -> list[float | None]:
+    """The mean residual of each iteration, from (iterations, B), over the images whose residual is finite."""
+    rows = torch.arange(int(spent.max()), device=spent.device)[:, None].minimum(spent - 1).clamp_min(0)
+    table = residuals.gather(0, rows).cpu()
+    finite = table.isfinite()
+    counts, sums = finite.sum(1).tolist(), table.masked_fill(~finite, 0).double().sum(1).tolist()
+    return [total / count if count else None for total, count in zip(sums, counts, strict=True)]

@@ -55,6 +55,8 @@ class Carry:
 def check_reuse(kind: str | bool) -> str:
     """The name of a kind of reuse; True is "plain", False "none". Raises ValueError for others."""
     kind = {True: "plain", False: "none"}[kind] if isinstance(kind, bool) else kind
+    if not isinstance(kind, str):
+        raise ValueError(f"reuse is {kind!r}; it must be one of {', '.join(POINTS)}")
     if kind not in POINTS:
         raise ValueError(unknown("reuse", kind, POINTS))
     return kind

@@ -6,6 +6,7 @@ built anew, and every random number comes from the generator of its image.
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -81,7 +82,8 @@ def sample(
             carry.add(level, output.solution.value)
             if tolerance is not None:
                 purse.spend(iterations, guidance, guided, output.solution.iterations.tolist())
-        solutions.append(output.solution)
+        # Without its value, which of all timesteps together would fill the memory.
+        solutions.append(output.solution and replace(output.solution, value=x.new_empty(0)))
         prediction = output.sample.float()
         prediction = guidance.combined(prediction, x.shape[1]) if guided else prediction
         x = stepper.step(prediction, index, x, list(generators))

@@ -162,8 +162,9 @@ def _build(name: str, template: Any, learned_variance: bool, settings: dict[str,
         # Euler loses digits where alpha_bar is small.
         return DPMSolverMultistepScheduler(solver_order=1, **settings)
     if name == "unipc":
-        order = config.get("solver_order", 2) if isinstance(template, UniPCMultistepScheduler) else 2
-        return UniPCMultistepScheduler(solver_order=order, **settings)
+        if isinstance(template, UniPCMultistepScheduler):
+            settings |= {key: config[key] for key in ("solver_order", "solver_type", "disable_corrector")}
+        return UniPCMultistepScheduler(**settings)
     if name == "heun":
         del settings["rescale_betas_zero_snr"]
         return HeunDiscreteScheduler(**{**settings, "prediction_type": "epsilon"})

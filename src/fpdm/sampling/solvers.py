@@ -14,6 +14,8 @@ def solver_of(solver: str | Solver) -> Solver:
     """The solver of a name, with its defaults ("anderson") or with its first parameter ("anderson:3", "picard:0.7"), or
     the solver itself. Raises ValueError for an unknown name, or a parameter that cannot be."""
     if not isinstance(solver, str):
+        if isinstance(solver, type) or not hasattr(solver, "step"):
+            raise ValueError(f"solver is {solver!r}; it must be a name, such as 'anderson:2', or a Solver")
         return solver
     name, colon, text = solver.partition(":")
     if name not in SOLVERS:

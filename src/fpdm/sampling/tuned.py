@@ -24,6 +24,7 @@ class TunedPlan:
     scheduler   by name
     reuse       what a solve starts from
     solver      by name
+    guidance_scale  that it was tuned with; 1 for none
     found       how it was found: data, number of samples, distances of this plan and of the best made by hand
     """
 
@@ -33,6 +34,7 @@ class TunedPlan:
     reuse: str
     solver: str
     found: dict[str, Any]
+    guidance_scale: float = 1.0
 
     def choices(self, budget: int, cost: Cost) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call: this plan at its own budget, or its like at another one, with more
@@ -40,7 +42,8 @@ class TunedPlan:
         chosen = {"scheduler": self.scheduler, "reuse": self.reuse, "solver": self.solver}
         known = [n for n in self.iterations if n is not None]
         if budget == self.budget:
-            return chosen | ({"iterations": known} if known else {"num_inference_steps": len(self.iterations)})
+            own = {"iterations": known} if known else {"num_inference_steps": len(self.iterations)}
+            return chosen | own | {"budget": budget}
         if not known:
             return chosen | {"budget": budget}
         most = (budget - cost.fixed) // cost.per_iteration
@@ -49,7 +52,7 @@ class TunedPlan:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TunedPlan":
         """Raises ValueError for what is not of a plan."""
-        if not isinstance(values, dict) or set(values) != {field.name for field in fields(cls)}:
+        if not isinstance(values, dict) or {"guidance_scale", *values} != {field.name for field in fields(cls)}:
             raise ValueError(f"a plan has {', '.join(field.name for field in fields(cls))}")
         counts = values["iterations"]
         if not isinstance(values["budget"], int) or values["budget"] < 1:
@@ -59,19 +62,23 @@ class TunedPlan:
             raise ValueError(f"iterations are {counts!r}")
         if values["scheduler"] not in SCHEDULERS or not isinstance(values["solver"], str):
             raise ValueError(f"scheduler is {values['scheduler']!r}, solver {values['solver']!r}")
+        if not isinstance(values.get("guidance_scale", 1.0), int | float):
+            raise ValueError(f"guidance_scale is {values['guidance_scale']!r}")
         check_reuse(values["reuse"])
         solver_of(values["solver"])
         return cls(**{**values, "iterations": tuple(counts)})
 
 
-def nearest_plan(plans: Sequence[TunedPlan], budget: int) -> TunedPlan | None:
-    """The plan whose budget is nearest, as a ratio; of two as near, the smaller. None where there are none.
+def nearest_plan(plans: Sequence[TunedPlan], budget: int, guidance_scale: float = 1.0) -> TunedPlan | None:
+    """Of the plans tuned with this guidance, the one whose budget is nearest, as a ratio; of two as near, the smaller.
+    None where there are none.
 
     Raises ValueError for a budget below 1.
     """
     if budget < 1:
         raise ValueError(f"budget is {budget}; it must be an integer of at least 1")
-    return min(plans, key=lambda plan: (abs(math.log(plan.budget / budget)), plan.budget), default=None)
+    fitting = [plan for plan in plans if plan.guidance_scale == guidance_scale]
+    return min(fitting, key=lambda plan: (abs(math.log(plan.budget / budget)), plan.budget), default=None)
 
 
 def load_plans(folder: Path) -> tuple[TunedPlan, ...]:
@@ -89,9 +96,9 @@ def load_plans(folder: Path) -> tuple[TunedPlan, ...]:
 
 
 def add_plans(folder: Path, plans: Sequence[TunedPlan]) -> None:
-    """Keep plans beside a model, in the place of those of the same budgets."""
-    kept = {plan.budget: plan for plan in (*load_plans(folder), *plans)}
-    save_plans(folder, [kept[budget] for budget in sorted(kept)])
+    """Keep plans beside a model, in the place of those of the same budgets and guidance."""
+    kept = {(plan.budget, plan.guidance_scale): plan for plan in (*load_plans(folder), *plans)}
+    save_plans(folder, [kept[key] for key in sorted(kept)])
 
 
 def save_plans(folder: Path, plans: Sequence[TunedPlan]) -> None:
