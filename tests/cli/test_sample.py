@@ -236,7 +236,7 @@ def test_another_value_of_an_option_is_another_request(models, tmp_path, capsys)
         ("--reuse", "linear", "reuse was 'plain', is 'linear'"),
         ("--solver", "broyden", "solver was 'picard', is 'broyden'"),
         ("--tolerance", "0.1", "tolerance was None, is 0.1"),
-        ("--guidance-share", "0.5", "guidance_share was 1.0, is 0.5"),
+        ("--guidance-scale", "2", "guidance_scale was 1.0, is 2.0"),
     ):
         assert message in refused(capsys, models["looped"], tmp_path, *BUDGET, option, value)
 
@@ -347,10 +347,11 @@ def test_near_is_meant_as_a_ratio_and_of_two_as_near_the_smaller_is_taken(budget
     assert f"the tuned plan for {nearest} block passes, the nearest one" in capsys.readouterr().out
 
 
-def test_without_a_budget_the_tuned_plan_nearest_to_the_default_is_followed_exactly(tuned, tmp_path, capsys):
+def test_without_a_budget_the_tuned_plan_nearest_to_the_default_serves_that(tuned, tmp_path, capsys):
     report = drawn(tuned, tmp_path)[2]
-    assert "the tuned plan for 80 block passes: ddim" in capsys.readouterr().out
-    assert report["iterations"] == list(COARSE.iterations)
+    assert "the tuned plan for 80 block passes, the nearest one: ddim" in capsys.readouterr().out
+    assert report["asked"] == 160
+    assert 150 < report["spent"] <= 160
 
 
 @pytest.mark.parametrize(
@@ -363,17 +364,37 @@ def test_without_a_budget_the_tuned_plan_nearest_to_the_default_is_followed_exac
 )  # fmt: skip
 def test_an_option_of_the_plan_leaves_tuned_plans_aside(options, tuned, models, tmp_path, capsys):
     with_plans = drawn(tuned, tmp_path / "tuned", "--budget", "80", *options)
-    assert "tuned plan" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the model's tuned plans are left out, which are not for --" in said
+    assert next(option for option in reversed(options) if option.startswith("--")) in said
     without = drawn(models["looped"], tmp_path / "untuned", "--budget", "80", *options)
     assert with_plans[:2] == without[:2]
 
 
 def test_what_is_no_part_of_a_plan_leaves_the_tuned_one_in_force(tuned, tmp_path, capsys):
-    options = ["--seed", "1", "--classes", "3", "--guidance-scale", "2", "--guidance-share", "0.5", "--batch-size", "2"]
+    options = ["--seed", "1", "--classes", "3", "--batch-size", "2"]
     _, request, report = drawn(tuned, tmp_path, "--budget", "80", *options)
     assert "the tuned plan for 80 block passes" in capsys.readouterr().out
     assert report["iterations"] == list(COARSE.iterations)
-    assert (request["seed"], request["guidance_share"]) == (1, 0.5)
+    assert request["seed"] == 1
+
+
+def test_a_plan_tuned_without_guidance_is_not_for_guided_images(tuned, tmp_path, capsys):
+    request = drawn(tuned, tmp_path, "--budget", "80", "--guidance-scale", "2")[1]
+    assert "tuned plans are left out, which are not for guidance scale 2" in capsys.readouterr().out
+    assert request["iterations"] is None
+
+
+def test_tuned_plans_can_be_left_out(tuned, tmp_path, capsys):
+    request = drawn(tuned, tmp_path, "--budget", "80", "--untuned")[1]
+    assert "tuned plan" not in capsys.readouterr().out
+    assert request["iterations"] is None
+
+
+def test_a_folder_begun_before_tuning_is_gone_on_with_as_it_was_begun(models, tuned, tmp_path):
+    out = tmp_path / "out"
+    begun = drawn(models["looped"], out, "--budget", "80", "--num-images", "2")[1]
+    assert drawn(tuned, out, "--budget", "80")[1] == begun
 
 
 def test_an_explicit_network_follows_its_tuned_plans(models, tmp_path, capsys):

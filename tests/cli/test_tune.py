@@ -68,12 +68,15 @@ def refused(capsys, *options):
 def test_plans_are_kept_with_the_model_and_all_that_was_measured_in_its_run(whole):
     (plan,) = json.loads((whole / "pipeline/plans.json").read_text())
     assert [tuned.budget for tuned in FixedPointDiTPipeline.from_pretrained(whole / "pipeline").tuned_plans] == [5]
-    rounds = [all_points(whole / f"tune/round-{number}") for number in (1, 2, 3)]
-    for points in rounds:
+    rounds = [all_points(whole / f"tune/round-{number}") for number in (1, 2, 3, 4)]
+    for number, points in enumerate(rounds, 1):
         assert points
         assert all(point["passes"] <= point["budget"] == 5 for point in points)
-        assert {(point["seed"], point["evaluation"]["samples"]) for point in points} == {(1, 50)}
-    values = [point["evaluation"]["measures"][0]["value"] for point in rounds[2]]
+        seed = 2 if number == 4 else 1
+        assert {(point["seed"], point["evaluation"]["samples"]) for point in points} == {(seed, 50)}
+    values = [point["evaluation"]["measures"][0]["value"] for point in rounds[3]]
+    profile = json.loads((whole / "tune/profile.json").read_text())
+    assert len(profile["errors"]) == len(profile["alpha_bar"]) == 20
     assert plan["found"]["value"] == min(values) <= plan["found"]["by_hand"]
     assert plan["found"]["by_hand"] in values
     for number, points in enumerate(rounds, 1):

@@ -123,7 +123,8 @@ def test_every_key_names_a_file(models, settings):
 def test_tuned_plans_are_points_of_their_own_budgets(tuned, settings):
     axes = Axes([6, 12, 24], ["ddim"], seeds=[0, 1], tuned=True)
     points, left_out = points_of(list(tuned.values()), axes, settings)
-    assert left_out == []
+    assert sorted(left_out) == [f"{name}-tuned: the model has no such plan" for name in
+                                ("looped-24", "plain-24", "plain-6")]  # fmt: skip
     by_hand, by_tuning = ([point for point in points if point.tuned is which] for which in (False, True))
     assert len(by_hand) == 2 * 3 * 2
     assert [point.key for point in by_hand] == [

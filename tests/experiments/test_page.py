@@ -382,8 +382,18 @@ def test_a_line_goes_through_the_best_plan_of_each_budget(tmp_path):
 def test_the_best_is_the_highest_where_higher_is_better():
     rows = [{**row, "evaluation": Evaluation.from_dict(row["evaluation"])} for row in PLANS]
     for name in ("FD-classifier", "recall"):  # the one falls as the other rises
-        found = best_of(rows, lambda row, name=name: row["evaluation"][name])
-        assert [(row["budget"], row["iterations"]) for row in found] == [(6, 4), (12, 1), (24, 2)]
+        found = best_of(rows, "passes", lambda row, name=name: row["evaluation"][name])
+        best = [row for row in rows if (row["budget"], row["iterations"]) in ((6, 4), (12, 1), (24, 2))]
+        assert found == sorted((row["passes"], row["evaluation"][name].value) for row in best)
+
+
+def test_the_best_is_so_on_average_over_its_seeds():
+    """Of the two plans the one with the luckiest seed is the worse."""
+    points = [
+        point(iterations=n, distance=d, seed=s) for n, s, d in ((1, 0, 1.0), (1, 1, 9.0), (2, 0, 3.0), (2, 1, 4.0))
+    ]
+    rows = [{**row, "evaluation": Evaluation.from_dict(row["evaluation"])} for row in points]
+    assert best_of(rows, "passes", lambda row: row["evaluation"]["FD-classifier"]) == [(12, 3.5)]
 
 
 @pytest.mark.parametrize("distances", [(22.0, 38.0), (0.5, 700.0)], ids=str)

@@ -130,7 +130,8 @@ def choices_of(options: argparse.Namespace, pipe: "FixedPointDiTPipeline") -> "C
     tuned = nearest_plan(pipe.tuned_plans, wanted, scale)
     if planned or options.pooled or options.untuned or tuned is None:
         if pipe.tuned_plans and not options.untuned:
-            why = f"--{min(planned).replace('_', '-')}" if planned else f"guidance scale {scale:g}"
+            flags = [f"--{name.replace('num_inference_', '')}" for name in planned] or ["--pooled"] * options.pooled
+            why = " ".join(flags) or f"guidance scale {scale:g}"
             print(f"the model's tuned plans are left out, which are not for {why}")
         return Choices(budget=options.budget, **planned, **rest)
     print(f"the tuned plan for {tuned.budget} block passes{'' if wanted == tuned.budget else ', the nearest one'}: "
@@ -145,6 +146,8 @@ def begun(out: Path, budgets: tuple[int | None, ...]) -> dict[str, Any]:
     kept = read_json(path) if path.is_file() else {}
     if not isinstance(kept, dict) or kept.get("budget") not in budgets:
         return {}
+    if isinstance(kept.get("reuse"), bool):  # as older versions had it
+        kept["reuse"] = "plain" if kept["reuse"] else "none"
     return {name: kept[name] for name in ("budget", *PLANNED) if kept.get(name) is not None}
 
 

@@ -194,13 +194,12 @@ def tune_model(
         check_claim(out / f"round-{number}", round_of(settings, number), [any_point])
     schedulers = usable(pipe, schedulers, min(budgets), say)
     profile = profiled(pipe, seed, say)
-    if profile is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "profile.json", {name: values.tolist() for name, values in vars(profile).items()})
     tuner = Tuner(label, folder, identity, pipe, profile, tuple(schedulers), settings, out, seed, processes, say)
     plans = []
     for budget in budgets:
         plan = tuner.tune(budget)
+        if profile is not None:
+            write_json(out / "profile.json", {name: values.tolist() for name, values in vars(profile).items()})
         add_plans(Path(folder), [plan])
         plans.append(plan)
     return plans

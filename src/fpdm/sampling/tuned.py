@@ -42,8 +42,9 @@ class TunedPlan:
         chosen = {"scheduler": self.scheduler, "reuse": self.reuse, "solver": self.solver}
         known = [n for n in self.iterations if n is not None]
         if budget == self.budget:
-            own = {"iterations": known} if known else {"num_inference_steps": len(self.iterations)}
-            return chosen | own | {"budget": budget}
+            own: dict[str, Any] = {"iterations": known} if known else {"num_inference_steps": len(self.iterations)}
+            left = budget - sum(cost.passes(n) for n in self.iterations)
+            return chosen | own | ({"budget": budget} if 0 <= left < (cost.per_iteration or cost.fixed) else {})
         if not known:
             return chosen | {"budget": budget}
         most = (budget - cost.fixed) // cost.per_iteration
