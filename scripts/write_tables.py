@@ -68,7 +68,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "+ linear forecast": {**PLAIN, "iterations": 2, "reuse": "linear"},
     "or quadratic forecast": {**PLAIN, "iterations": 2, "reuse": "quadratic"},
     "linear forecast, Anderson": {**PLAIN, "iterations": 2, "reuse": "linear", "solver": "anderson:2"},
-    "linear forecast, 1 iteration": {**PLAIN, "iterations": 1, "reuse": "linear"},
+    "reuse, UniPC: 3 or 4 iterations": {**PLAIN, "scheduler": "unipc", "reuse": "plain"},
     "tuned": {"tuned": True},
 }
 
@@ -110,7 +110,7 @@ def solvers(path: str, *counts: str) -> str:
     """The error of x0 that solvers leave, relative to plain iteration, and their time."""
     result = json.loads((ROOT / path).read_text())
     errors = {(r["solver"], r["iterations"]): r["error"] for r in result["means"]}
-    lines = [row(["solver", "time", *(f"{n} iterations" for n in counts)]), row(["---"] * (2 + len(counts)))]
+    lines = [row(["solver", "time", *(f"n = {n}" for n in counts)]), row(["---"] * (2 + len(counts)))]
     for name, seconds in result["seconds"].items():
         ratios = [f"{errors[name, int(n)] / errors['picard', int(n)]:.2f}" for n in counts]
         lines.append(row([name, f"{seconds:.2f}", *ratios]))
