@@ -100,7 +100,7 @@ def test_solvers_are_relative_to_plain_iteration(tables, tmp_path):
     ]  # fmt: skip
     path = written(tmp_path / "solvers.json", {"means": means, "seconds": {"picard": 1.0, "anderson:2": 1.234}})
     assert cells(tables.solvers(path, "1", "4")) == [
-        ["solver", "time", "1 iterations", "4 iterations"],
+        ["solver", "time", "n = 1", "n = 4"],
         ["---"] * 4,
         ["picard", "1.00", "1.00", "1.00"],
         ["anderson:2", "1.23", "1.00", "0.25"],
