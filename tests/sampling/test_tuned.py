@@ -76,7 +76,9 @@ def test_the_nearest_plan_to_no_budget_is_refused():
 
 def test_the_choices_of_a_plan_are_those_of_a_call():
     common, cost = {"scheduler": "heun", "reuse": "linear", "solver": "anderson:2"}, Cost(2, 1)
-    assert SMALL.choices(40, cost) == common | {"iterations": [3, 2, 4, 3], "budget": 40}
+    assert SMALL.choices(40, cost) == common | {"iterations": [3, 2, 4, 3]}  # which leave more than a budget may
+    whole = dataclasses.replace(SMALL, budget=20)
+    assert whole.choices(20, cost) == common | {"iterations": [3, 2, 4, 3], "budget": 20}
     assert SMALL.choices(80, cost) == common | {"iterations": 3, "budget": 80}
     assert SMALL.choices(4, cost) == common | {"iterations": 2, "budget": 4}  # as many as fit one timestep
     explicit = {"scheduler": "dpm++", "reuse": "plain", "solver": "picard"}
