@@ -73,6 +73,14 @@ LADDER: dict[str, dict[str, Any]] = {
 }
 
 
+def over_seeds(points: list[Point]) -> str:
+    """The mean of the points' Frechet distances, and the smallest and largest; nothing where there are none."""
+    values = [p["evaluation"].measures[0].value for p in points]
+    if not values:
+        return ""
+    return f"{significant(sum(values) / len(values))} ({significant(min(values))} to {significant(max(values))})"
+
+
 def ladder(folder: str) -> str:
     """The Frechet distance by way to spend the budget: mean over seeds, and the smallest and largest."""
     points = points_of(folder)
@@ -84,12 +92,26 @@ def ladder(folder: str) -> str:
             some = [p for p in points if p["budget"] == budget and all(p.get(k) == v for k, v in wanted.items())]
             if len({p["seed"] for p in some}) < len(some):
                 raise ValueError(f"{folder} has several points of {name!r} at {budget} with one seed")
-            values = [p["evaluation"].measures[0].value for p in some]
-            spread = f" ({significant(min(values))} to {significant(max(values))})" if values else ""
-            cells.append(f"{significant(sum(values) / len(values))}{spread}" if values else "")
+            cells.append(over_seeds(some))
         lines.append(row([name, *cells]))
     real = points[0]["evaluation"].measures[0].real
     return "\n".join([*lines, row(["real images", *[real] * len(budgets)])])
+
+
+def solver_images(folder: str, *counts: str) -> str:
+    """The Frechet distance by iterations and solver, plain reuse under DPM-Solver++: means over seeds."""
+    points = [p for p in points_of(folder) if (p["scheduler"], p["reuse"], p["tuned"]) == ("dpm++", "plain", False)]
+    names = sorted({p["solver"] for p in points}, key=lambda name: (name != "picard", name))
+    budgets = sorted({p["budget"] for p in points if p["solver"] != "picard"})
+    lines = [row(["iterations", "solver", *map(str, budgets)]), row(["---"] * (2 + len(budgets)))]
+    for n in counts:
+        for name in names:
+            cells = []
+            for budget in budgets:
+                some = [p for p in points if (p["budget"], p["iterations"], p["solver"]) == (budget, int(n), name)]
+                cells.append(over_seeds(some))
+            lines.append(row([n, name, *cells]))
+    return "\n".join(lines)
 
 
 def tuned(folder: str) -> str:
@@ -132,6 +154,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "models": models,
     "ladder": ladder,
     "tuned": tuned,
+    "solver_images": solver_images,
     "solvers": solvers,
     "stopping": stopping,
 }
