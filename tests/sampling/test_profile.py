@@ -11,13 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpdm.diffusion import PREDICTION_TYPES, make_schedule
-from fpdm.sampling import Profile, cost_of, image_generators, initial_noise, levels_of, make_plan, measure_profile
+from fpdm.sampling import Profile, Stepper, cost_of, image_generators, initial_noise, make_plan, measure_profile
 from fpdm.sampling.profile import CONVERGED, LEVELS, MOST, allocated, weights
 from tests.sampling.tiny import CALM, TEMPLATE, contracting, run, tiny
 
 ANGLES = (1.2, 0.8, 0.4)  # from noise to image
 KNOWN = [cos(angle) ** 2 for angle in ANGLES]
 LABELS = torch.tensor([0, 2, 1])
+
+
+def levels_of(template, num_steps):
+    stepper = Stepper(template, "ddim", num_steps, learned_variance=False)
+    return [stepper.level(call) for call in range(num_steps)]
 
 
 def leaving(errors, counts):

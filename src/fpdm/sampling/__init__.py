@@ -12,7 +12,7 @@ from fpdm.sampling.budget import (
 )
 from fpdm.sampling.guidance import Guidance
 from fpdm.sampling.operations import cost_of, operations_of, total
-from fpdm.sampling.profile import Profile, levels_of, measure_profile
+from fpdm.sampling.profile import Profile, measure_profile
 from fpdm.sampling.report import Report
 from fpdm.sampling.reuse import REUSE, check_reuse
 from fpdm.sampling.sampler import image_generators, initial_noise, sample
@@ -45,7 +45,6 @@ __all__ = [
     "fitting",
     "image_generators",
     "initial_noise",
-    "levels_of",
     "load_plans",
     "make_plan",
     "measure_profile",

@@ -21,7 +21,7 @@ from fpdm.diffusion import predicted_x0
 from fpdm.fixedpoint import FixedIterations, Solve
 from fpdm.models import FixedPointDiT
 from fpdm.sampling.reuse import Carry, angle
-from fpdm.sampling.schedulers import Stepper, trailing_timesteps
+from fpdm.sampling.schedulers import Stepper
 
 LEVELS = 20  # timesteps that are measured
 MOST = 12  # iterations
@@ -119,9 +119,3 @@ def _error(stepper: Stepper, found: Tensor, converged: Tensor, x: Tensor, alpha_
     if stepper.clip is not None:
         a, b = a.clamp(-stepper.clip, stepper.clip), b.clamp(-stepper.clip, stepper.clip)
     return float((a - b).square().mean())
-
-
-def levels_of(template: Any, num_steps: int) -> list[float]:
-    """alpha_bar at so many trailing timesteps."""
-    alpha_bar = (1 - template.betas.double()).cumprod(0)
-    return [float(alpha_bar[t]) for t in trailing_timesteps(template.config.num_train_timesteps, num_steps)]
