@@ -28,13 +28,13 @@ from fpdm.sampling import (
     Report,
     Stepper,
     TunedPlan,
+    calls_of,
     check_reuse,
     cost_of,
     image_generators,
     initial_noise,
     load_plans,
     make_plan,
-    name_of,
     nearest_plan,
     sample,
     save_plans,
@@ -156,10 +156,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
     def plan(self, *, scheduler: str | None = None, **choices: Any) -> Plan:
         """The plan that `make_plan` makes of these choices for this network and scheduler, before anything runs."""
-        max_steps = self.scheduler.config.num_train_timesteps
-        heun = name_of(self.scheduler, scheduler) == "heun"
-        calls = 2 * max_steps - 1 if heun else max_steps
-        return make_plan(cost_of(self.transformer), max_steps=calls, odd=heun, **choices)
+        return make_plan(cost_of(self.transformer), calls=calls_of(self.scheduler, scheduler), **choices)
 
     def labels(self, classes: int | str | Sequence[int | str] | None, num_images: int | None) -> Tensor | None:
         """Class labels (B,) int64 from numbers and names, one class standing for all images; None for no classes.

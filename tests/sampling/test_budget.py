@@ -31,7 +31,7 @@ def test_a_possible_budget_is_spent_to_the_last_whole_iteration(cost, num_steps,
 @given(costs, st.integers(1, 3000), st.integers(1, 40), st.one_of(st.none(), st.integers(1, 30)))
 def test_a_budget_alone_finds_its_timesteps(cost, budget, max_steps, iterations):
     budget += cost.passes(iterations or 1)
-    plan = make_plan(cost, budget=budget, iterations=iterations, max_steps=max_steps)
+    plan = make_plan(cost, budget=budget, iterations=iterations, calls=range(1, max_steps + 1))
     assert 1 <= plan.num_steps <= max_steps
     assert 0 <= budget - plan.planned < cost.per_iteration
     if plan.num_steps < max_steps and iterations and budget >= cost.passes(iterations):
@@ -144,7 +144,7 @@ def test_a_ramp_that_cannot_be_is_refused_by_name(allocation, text, choices):
 @given(costs, st.integers(0, 3000), st.one_of(st.none(), st.integers(1, 30)))
 def test_heun_finds_an_odd_number_of_timesteps_for_a_budget(cost, spare, iterations):
     budget = cost.passes(iterations or 1) + spare
-    plan = make_plan(cost, budget=budget, iterations=iterations, odd=True)
+    plan = make_plan(cost, budget=budget, iterations=iterations, calls=range(1, 1000, 2))
     free = make_plan(cost, budget=budget, iterations=iterations)
     assert plan.num_steps == free.num_steps - (free.num_steps % 2 == 0)
     assert 0 <= budget - plan.planned < cost.per_iteration  # the timestep left out is spent on the others
@@ -152,7 +152,7 @@ def test_heun_finds_an_odd_number_of_timesteps_for_a_budget(cost, spare, iterati
 
 @given(st.integers(1, 40), st.integers(1, 3000), st.integers(1, 200))
 def test_heun_on_an_explicit_network_has_an_odd_number_of_timesteps(depth, budget, max_steps):
-    cost, choices = Cost(depth, 0), {"max_steps": 2 * max_steps - 1, "odd": True}
+    cost, choices = Cost(depth, 0), {"calls": range(1, 2 * max_steps, 2)}
     assume(budget >= depth)
     plan = make_plan(cost, budget=budget, **choices)
     assert plan.num_steps % 2 == 1
@@ -168,7 +168,7 @@ def test_heun_on_an_explicit_network_has_an_odd_number_of_timesteps(depth, budge
 
 def test_heun_on_an_explicit_network_refuses_a_budget_below_one_timestep():
     with pytest.raises(ValueError, match="smallest possible is 28"):
-        make_plan(DIT_XL, budget=27, odd=True)
+        make_plan(DIT_XL, budget=27, calls=range(1, 1000, 2))
 
 
 def test_rising_weights_go_from_a_half_to_one_and_a_half():
@@ -229,7 +229,7 @@ def test_smoothing_the_cost_of_twenty_dit_steps(num_steps, iterations):
         ({"iterations": (3, 1, 2), "num_steps": 3, "budget": 12}, (3, 1, 2)),
         ({"num_steps": 3, "iterations": 5, "budget": 21}, (5, 5, 5)),
         ({"budget": 23, "num_steps": 3, "allocation": [1, 2, 4]}, (2, 5, 10)),
-        ({"budget": 14, "max_steps": 2}, (5, 5)),
+        ({"budget": 14, "calls": range(1, 3)}, (5, 5)),
     ],
 )
 def test_choices_that_agree(choices, iterations):
@@ -252,9 +252,9 @@ def test_choices_that_agree(choices, iterations):
         ({"budget": 0}, "budget is 0"),
         ({"budget": 2.5}, "budget is 2.5"),
         ({"num_steps": -1}, "num_steps is -1"),
-        ({"num_steps": 11, "max_steps": 10}, "room for 1 to 10"),
-        ({"iterations": [1] * 11, "max_steps": 10}, "room for 1 to 10"),
-        ({"budget": 99, "num_steps": 11, "max_steps": 10}, "room for 1 to 10"),
+        ({"num_steps": 11, "calls": range(1, 11)}, "room for 1 to 10"),
+        ({"iterations": [1] * 11, "calls": range(1, 11)}, "room for 1 to 10"),
+        ({"budget": 99, "num_steps": 11, "calls": range(1, 11)}, "room for 1 to 10"),
         ({"budget": 30, "num_steps": 3, "allocation": [1, 2]}, "2 weights for 3 timesteps"),
         ({"budget": 30, "num_steps": 3, "allocation": "raising"}, "Did you mean 'rising'"),
     ],
@@ -282,7 +282,7 @@ def test_an_explicit_network_has_budget_over_depth_timesteps(depth, budget):
         with pytest.raises(ValueError, match=f"smallest possible is {depth}"):
             make_plan(Cost(depth, 0), budget=budget)
     else:
-        plan = make_plan(Cost(depth, 0), budget=budget, max_steps=5000)
+        plan = make_plan(Cost(depth, 0), budget=budget, calls=range(1, 5001))
         assert plan.num_steps == budget // depth
         assert plan.iterations == (None,) * plan.num_steps
         assert plan.planned == plan.num_steps * depth

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fpdm.fixedpoint import Anderson, Broyden, Picard
-from fpdm.sampling import REUSE, SCHEDULERS, Guidance, cost_of, make_plan
+from fpdm.sampling import REUSE, SCHEDULERS, Guidance, calls_of, cost_of, make_plan
 from fpdm.sampling.spending import Purse
-from tests.sampling.tiny import CALM, DIT, SOLVERS_TESTED, contracting, count_rows, run, tiny
+from tests.sampling.tiny import CALM, DIT, SOLVERS_TESTED, TEMPLATE, contracting, count_rows, run, tiny
 
 IMAGES = {"indices": range(4), "labels": [0, 1, 2, 0]}
 # Many iterations at first, where all images save some, and few later.
@@ -31,15 +31,16 @@ NETWORKS = [
 ]
 
 
-def random_plan(cost, draw, heun):
-    num_steps = 2 * draw.randint(1, 2) - 1 if heun else draw.randint(1, 4)
+def random_plan(cost, draw, scheduler):
+    calls = calls_of(TEMPLATE, scheduler)
+    num_steps = draw.choice(calls[: 4 // calls.step])
     if not cost.per_iteration:
-        return make_plan(cost, num_steps=num_steps, odd=heun)
+        return make_plan(cost, num_steps=num_steps, calls=calls)
     if draw.random() < 0.3:
-        return make_plan(cost, iterations=[draw.randint(1, 4) for _ in range(num_steps)], odd=heun)
+        return make_plan(cost, iterations=[draw.randint(1, 4) for _ in range(num_steps)], calls=calls)
     shape = draw.choice(["constant", "rising", "linear:-1.3", "cosine:0.8", [draw.random() + 0.1] * num_steps])
     budget = num_steps * cost.passes(1) + draw.randint(0, 8)
-    return make_plan(cost, budget=budget, num_steps=num_steps, allocation=shape, odd=heun)
+    return make_plan(cost, budget=budget, num_steps=num_steps, allocation=shape, calls=calls)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -47,7 +48,7 @@ def test_random_plans_spend_exactly_what_they_planned_and_under_a_tolerance_no_m
     draw = random.Random(seed)
     for _ in range(100):  # ten times
         model, scheduler = draw.choice(NETWORKS), draw.choice(SCHEDULERS)
-        plan, images = random_plan(cost_of(model), draw, scheduler == "heun"), draw.randint(1, 2)
+        plan, images = random_plan(cost_of(model), draw, scheduler), draw.randint(1, 2)
         tolerance = draw.choice([None, None, 0.3, 0.03, 1e-3])
         how = {
             "scheduler": scheduler,

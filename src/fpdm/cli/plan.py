@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 ITERATIONS = (1, 2, 3, 4, 6, 8, 12, 16, 26)  # of the plans that a budget alone lists
 ALLOCATED = ("linear:1", "linear:-1")  # and how else the middle one may be shared out
+HEUN_CALLS = range(1, 2000, 2)  # where no model tells its noise schedule
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +58,8 @@ def run(options: argparse.Namespace) -> int:
 
     pipe = None if folder is None else load_pipeline(folder, options.device, options.dtype)
     one = any(value is not None for value in (options.steps, options.iterations, options.allocation))
-    plans = {"": planned(options, pipe)} if one else listed(options, pipe)
-    print_table(plans, pipe, options.batch_size)
+    plans, solvers = ({"": planned(options, pipe)}, {}) if one else listed(options, pipe)
+    print_table(plans, solvers, pipe, options.batch_size)
     if one:
         plan = plans[""]
         print("iterations from noise to image: " + ", ".join(str(n) for n in plan.iterations))
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 def planned(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None", **other: Any) -> "Plan":
     """The plan that follows from the options, with others in their place."""
-    from fpdm.sampling import SCHEDULERS, Cost, make_plan
+    from fpdm.sampling import EVERY_CALL, SCHEDULERS, Cost, make_plan
 
     if options.scheduler is not None and options.scheduler not in SCHEDULERS:
         raise ValueError(unknown("scheduler", options.scheduler, SCHEDULERS))
@@ -83,17 +84,21 @@ def planned(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None", *
     }
     if pipe is not None:
         return pipe.plan(scheduler=options.scheduler, **choices)
-    return make_plan(Cost(options.pre + options.post, options.core), odd=options.scheduler == "heun", **choices)
+    calls = HEUN_CALLS if options.scheduler == "heun" else EVERY_CALL
+    return make_plan(Cost(options.pre + options.post, options.core), calls=calls, **choices)
 
 
-def listed(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None") -> dict[str, "Plan"]:
+def listed(
+    options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None"
+) -> tuple[dict[str, "Plan"], dict[str, str]]:
     """What a budget buys: plans of different numbers of iterations, ramps of one of them, and the tuned plan that
-    `fpdm sample` would take."""
+    `fpdm sample` would take. And the solvers of those that have one of their own."""
     from fpdm.drawing import Choices
     from fpdm.sampling import Plan, nearest_plan
 
     budget = DEFAULT_BUDGET if options.budget is None else options.budget
     plans: dict[str, Plan] = {}
+    solvers: dict[str, str] = {}
     for count in ITERATIONS:
         try:
             plan = planned(options, pipe, budget=budget, iterations=count)
@@ -110,24 +115,32 @@ def listed(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None") ->
     if pipe is not None and tuned is not None:
         chosen = Choices(**pipe.tuned(budget))
         for_budget = "" if tuned.budget == budget else f" for {tuned.budget}"
-        plans[f"tuned{for_budget}: {tuned.scheduler}, reuse {tuned.reuse}, {tuned.solver}"] = chosen.plan(pipe)
-    return plans
+        name = f"tuned{for_budget}: {tuned.scheduler}, reuse {tuned.reuse}, {tuned.solver}"
+        plans[name], solvers[name] = chosen.plan(pipe), tuned.solver
+    return plans, solvers
 
 
-def print_table(plans: dict[str, "Plan"], pipe: "FixedPointDiTPipeline | None", batch_size: int) -> None:
-    from fpdm.sampling import measure_seconds, operations_of, total
+def print_table(
+    plans: dict[str, "Plan"], solvers: dict[str, str], pipe: "FixedPointDiTPipeline | None", batch_size: int
+) -> None:
+    from fpdm.sampling import measure_seconds, operations_of, solver_of, total
 
     width = max(10, *map(len, plans))
     head = f"{'plan':{width}} {'timesteps':>9} {'iterations':>11} {'passes':>7}"
-    operations = seconds = None
+    operations, seconds = None, {}
     if pipe is not None:
-        operations, seconds = operations_of(pipe.transformer), measure_seconds(pipe.transformer, batch_size)
+        operations = operations_of(pipe.transformer)
+        seconds = {
+            name: measure_seconds(pipe.transformer, batch_size, solver_of(name))
+            for name in ("picard", *solvers.values())
+        }
         head += f" {'operations':>11} {'s / image':>10}"
     print(head)
     for name, plan in plans.items():
         line = f"{name:{width}} {plan.num_steps:>9} {spread(plan.iterations):>11} {plan.planned:>7}"
-        if operations is not None and seconds is not None:
-            line += f" {total(operations, plan):>11.3g} {seconds.of(plan):>10.3g}"
+        if operations is not None:
+            taken = seconds[solvers.get(name, "picard")].of(plan)
+            line += f" {total(operations, plan):>11.3g} {taken:>10.3g}"
         print(line)
     if pipe is not None:
         print(f"seconds as {batch_size} images at a time take on this machine ({pipe.device}), without guidance")

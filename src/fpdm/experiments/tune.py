@@ -37,6 +37,7 @@ from fpdm.sampling import (
     Stepper,
     TunedPlan,
     add_plans,
+    calls_of,
     cost_of,
     fitting,
     image_generators,
@@ -99,12 +100,11 @@ class Tuner:
         basis = Choices(budget=budget, seed=self.seed, guidance_scale=self.settings.guidance_scale)
         if cost.per_iteration == 0:
             return [replace(basis, scheduler=name) for name in self.schedulers]
-        most = self.pipe.scheduler.config.num_train_timesteps
         for name, mean in product(self.schedulers, MEANS):
-            fit = fitting(int(budget / (cost.fixed + cost.per_iteration * mean)), name == "heun")
-            steps = min(fit, 2 * most - 1 if name == "heun" else most)
+            calls = calls_of(self.pipe.scheduler, name)
+            steps = fitting(int(budget / (cost.fixed + cost.per_iteration * mean)), calls)
             total = (budget - steps * cost.fixed) // cost.per_iteration
-            if steps < 1 or total < steps:
+            if total < steps:
                 continue
             equal = replace(basis, num_inference_steps=steps, scheduler=name)
             found.append(equal)

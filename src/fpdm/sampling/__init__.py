@@ -3,6 +3,7 @@
 from fpdm.sampling.budget import (
     ALLOCATIONS,
     DEFAULT_BUDGET,
+    EVERY_CALL,
     Cost,
     Plan,
     apportion,
@@ -16,7 +17,7 @@ from fpdm.sampling.profile import Profile, measure_profile
 from fpdm.sampling.report import Report
 from fpdm.sampling.reuse import REUSE, check_reuse
 from fpdm.sampling.sampler import image_generators, initial_noise, sample
-from fpdm.sampling.schedulers import SCHEDULERS, Stepper, name_of, trailing_timesteps
+from fpdm.sampling.schedulers import SCHEDULERS, Stepper, calls_of, trailing_timesteps
 from fpdm.sampling.solvers import SOLVERS, solver_of
 from fpdm.sampling.spending import Purse
 from fpdm.sampling.timing import Seconds, measure_seconds
@@ -25,6 +26,7 @@ from fpdm.sampling.tuned import TunedPlan, add_plans, load_plans, nearest_plan, 
 __all__ = [
     "ALLOCATIONS",
     "DEFAULT_BUDGET",
+    "EVERY_CALL",
     "REUSE",
     "SCHEDULERS",
     "SOLVERS",
@@ -39,6 +41,7 @@ __all__ = [
     "TunedPlan",
     "add_plans",
     "apportion",
+    "calls_of",
     "check_allocation",
     "check_reuse",
     "cost_of",
@@ -49,7 +52,6 @@ __all__ = [
     "make_plan",
     "measure_profile",
     "measure_seconds",
-    "name_of",
     "nearest_plan",
     "operations_of",
     "sample",

@@ -19,6 +19,7 @@ from fpdm.names import unknown
 # Of weights that go from 1 - slope / 2 to 1 + slope / 2 in sampling order, as a straight line or half a cosine.
 SHAPES = ("linear", "cosine")
 ALLOCATIONS = ("constant", "rising", "falling", *SHAPES)
+EVERY_CALL = range(1, 1001)
 DEFAULT_BUDGET = 160
 DEFAULT_ITERATIONS = 2  # short solves at many timesteps: smoothing, with reuse to carry the solution on
 
@@ -73,8 +74,7 @@ def make_plan(
     num_steps: int | None = None,
     iterations: int | Sequence[int] | None = None,
     allocation: str | Sequence[float] = "constant",
-    max_steps: int = 1000,
-    odd: bool = False,
+    calls: range = EVERY_CALL,
 ) -> Plan:
     """The plan that follows from any sensible choice of budget, timesteps and iterations.
 
@@ -85,26 +85,26 @@ def make_plan(
     allocation  how iterations are shared out over the timesteps, in sampling order (noise to image): "constant";
                 "linear:S" or "cosine:S", weights from 1 - S/2 to 1 + S/2, S between -2 and 2; "rising" for "linear:1",
                 "falling" for "linear:-1"; or a weight per timestep
-    odd         whether the number of timesteps must be odd, as Heun's method needs
+    calls       the numbers of timesteps that the noise schedule and the scheduler have room for: see `calls_of`
 
     Raises ValueError where the choices contradict each other or the budget is too small, naming the smallest possible.
     """
     budget, num_steps = _whole("budget", budget), _whole("num_steps", num_steps)
     if cost.per_iteration == 0:
         _refuse_allocation(allocation, "an explicit DiT")
-        return _explicit_plan(cost, budget, num_steps, iterations, max_steps, odd)
+        return _explicit_plan(cost, budget, num_steps, iterations, calls)
     iterations = getattr(iterations, "tolist", lambda: iterations)()  # NumPy's arrays and numbers
     if isinstance(iterations, Sequence):
         _refuse_allocation(allocation, "a list of iterations")
-        return _listed_plan(cost, budget, num_steps, list(iterations), max_steps, odd)
+        return _listed_plan(cost, budget, num_steps, list(iterations), calls)
 
     iterations = _whole("iterations", iterations)
     if num_steps is None:
         budget = asked = DEFAULT_BUDGET if budget is None else budget
-        num_steps = fitting(_steps_for(cost, budget, iterations, max_steps), odd)
+        num_steps = fitting(_steps_for(cost, budget, iterations), calls)
     else:
         budget, asked = _budget_for(cost, budget, num_steps, iterations), budget
-    _check_steps(num_steps, max_steps, odd)
+    check_calls(num_steps, calls)
     smallest = num_steps * cost.passes(1)
     if budget < smallest:
         raise ValueError(
@@ -121,18 +121,18 @@ def make_plan(
     return Plan(shares, tuple(cost.passes(n) for n in shares), asked)
 
 
-def _steps_for(cost: Cost, budget: int, iterations: int | None, max_steps: int) -> int:
+def _steps_for(cost: Cost, budget: int, iterations: int | None) -> int:
     """As many timesteps of `iterations` as fit into the budget."""
     least = cost.passes(iterations or 1)
     if budget < least:
         count = f"{iterations} iterations" if iterations else "1 iteration"
         raise ValueError(f"a budget of {budget} block passes is too small: one timestep with {count} needs {least}")
-    return min(max_steps, max(1, budget // cost.passes(iterations or DEFAULT_ITERATIONS)))
+    return max(1, budget // cost.passes(iterations or DEFAULT_ITERATIONS))
 
 
-def fitting(num_steps: int, odd: bool) -> int:
-    """The largest number of timesteps that may be, up to this one."""
-    return num_steps - 1 if odd and num_steps % 2 == 0 else num_steps
+def fitting(num_steps: int, calls: range) -> int:
+    """The largest of the numbers of timesteps that may be, up to this one; the smallest where all are larger."""
+    return calls[max(0, min(len(calls), 1 + (num_steps - calls.start) // calls.step) - 1)]
 
 
 def _budget_for(cost: Cost, budget: int | None, num_steps: int, iterations: int | None) -> int:
@@ -228,15 +228,13 @@ def _shaped(allocation: str, count: int) -> list[Fraction]:
     return [1 + slope * (place - Fraction(1, 2)) for place in places]
 
 
-def _listed_plan(
-    cost: Cost, budget: int | None, num_steps: int | None, iterations: list[int], max_steps: int, odd: bool
-) -> Plan:
+def _listed_plan(cost: Cost, budget: int | None, num_steps: int | None, iterations: list[int], calls: range) -> Plan:
     if not iterations:
         raise ValueError("iterations is an empty list: give one number per timestep")
     iterations = [_whole("iterations", n) or 0 for n in iterations]
     if num_steps not in (None, len(iterations)):
         raise ValueError(f"{len(iterations)} iteration counts for {num_steps} timesteps: give one per timestep")
-    _check_steps(len(iterations), max_steps, odd)
+    check_calls(len(iterations), calls)
     plan = Plan(tuple(iterations), tuple(cost.passes(n) for n in iterations), budget)
     if budget is not None and not 0 <= budget - plan.planned < cost.per_iteration:  # a whole iteration would fit
         raise ValueError(f"these iterations cost {plan.planned} block passes, not {budget}: leave the budget out")
@@ -248,30 +246,30 @@ def _explicit_plan(
     budget: int | None,
     num_steps: int | None,
     iterations: int | Sequence[int] | None,
-    max_steps: int,
-    odd: bool,
+    calls: range,
 ) -> Plan:
     if iterations is not None:
         raise ValueError("an explicit DiT has no iterations: give a budget or a number of timesteps")
     if num_steps is None:
         budget = DEFAULT_BUDGET if budget is None else budget
-        num_steps = fitting(min(max_steps, budget // cost.fixed), odd)
-    smallest = max(1, num_steps) * cost.fixed
+        num_steps = fitting(budget // cost.fixed, calls)
+    smallest = num_steps * cost.fixed
     if budget is not None and budget < smallest:
         raise ValueError(f"a budget of {budget} block passes is too small: the smallest possible is {smallest}")
-    if budget is not None and num_steps < fitting(min(max_steps, budget // cost.fixed), odd):
+    if budget is not None and num_steps < fitting(budget // cost.fixed, calls):
         raise ValueError(
             f"{num_steps} timesteps of an explicit DiT cost {smallest} block passes, not {budget}: leave one out"
         )
-    _check_steps(num_steps, max_steps, odd)
+    check_calls(num_steps, calls)
     return Plan((None,) * num_steps, (cost.fixed,) * num_steps, budget)
 
 
-def _check_steps(num_steps: int, max_steps: int, odd: bool) -> None:
-    if not 1 <= num_steps <= max_steps:
-        raise ValueError(f"{num_steps} timesteps; the noise schedule has room for 1 to {max_steps}")
-    if odd and num_steps % 2 == 0:
+def check_calls(num_steps: int, calls: range) -> None:
+    """Raises ValueError for a number of timesteps that the noise schedule and the scheduler have no room for."""
+    if not calls.start <= num_steps <= calls[-1]:
+        raise ValueError(f"{num_steps} timesteps; the noise schedule has room for {calls.start} to {calls[-1]}")
+    if num_steps not in calls:
         raise ValueError(
-            "heun calls the network twice at every timestep but one, so an odd number of times in all, not "
-            f"{num_steps}: take {num_steps - 1} or {num_steps + 1} steps"
+            f"{num_steps} timesteps; each counts a call of the network, of which heun makes two at all timesteps but "
+            f"{'one' if calls.start == 1 else 'two'}: take {num_steps - 1} or {num_steps + 1}"
         )

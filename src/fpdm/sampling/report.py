@@ -128,9 +128,9 @@ def report_of(
                       first
     """
     images = len(x)
-    found = [solution for solution in solutions if solution is not None]
+    found = _fetched([solution for solution in solutions if solution is not None])
     calls = torch.tensor([1 + twice for twice in guided])
-    counts = [[s.iterations[:images].cpu(), s.iterations[images:].cpu()] for s in found]
+    counts = [[s.iterations[:images], s.iterations[images:]] for s in found]
     first = torch.stack([own for own, _ in counts]) if found else torch.zeros(len(timesteps), images, dtype=torch.int64)
     both = sum(float(half.double().sum()) for halves in counts for half in halves) / images  # iterations per image
     per_step = cost.fixed + cost.per_iteration * first  # (T, B)
@@ -150,7 +150,7 @@ def report_of(
         residuals=[_means(s.residuals[:, :images], s.iterations[:images]) for s in found],
         running=[_running(s.iterations[:images]) for s in found],
         status=[_counted(s.status[:images]) for s in found],
-        diverged=int(_broken(x, found).sum()),
+        diverged=int(_broken(x.isfinite().flatten(1).all(1).cpu(), found).sum()),
         seconds=seconds,
     )
 
@@ -165,11 +165,24 @@ def check_spent(per_image: Tensor, planned: int, purse: Purse) -> None:
         assert (per_image <= planned).all(), f"planned {planned} block passes, spent {per_image.tolist()}"
 
 
-def _broken(x: Tensor, solutions: Sequence[Solution]) -> Tensor:
+def _fetched(solutions: Sequence[Solution]) -> list[Solution]:
+    """What is known of the solves, on the CPU: all of it in one transfer."""
+    parts = [part for s in solutions for part in (s.residuals, s.iterations, s.status)]
+    flat = torch.cat([part.float().flatten() for part in parts]).cpu() if parts else torch.empty(0)
+    values = [
+        v.view(part.shape).to(part.dtype) for v, part in zip(flat.split([p.numel() for p in parts]), parts, strict=True)
+    ]
+    return [
+        replace(s, residuals=values[3 * i], iterations=values[3 * i + 1], status=values[3 * i + 2])
+        for i, s in enumerate(solutions)
+    ]
+
+
+def _broken(finite: Tensor, solutions: Sequence[Solution]) -> Tensor:
     """Which images are not finite, or had a fixed point that diverged, in either half."""
-    broken = ~x.isfinite().flatten(1).all(1)
+    broken = ~finite
     for solution in solutions:
-        for half in solution.status.split(len(x)):
+        for half in solution.status.split(len(finite)):
             broken = broken | (half == Status.DIVERGED)
     return broken
 
@@ -186,7 +199,7 @@ def _counted(status: Tensor) -> dict[str, int]:
 def _means(residuals: Tensor, spent: Tensor) -> list[float | None]:
     """The mean residual of each iteration, from (iterations, B), over the images whose residual is finite."""
     rows = torch.arange(int(spent.max()), device=spent.device)[:, None].minimum(spent - 1).clamp_min(0)
-    table = residuals.gather(0, rows).cpu()
+    table = residuals.gather(0, rows)
     finite = table.isfinite()
     counts, sums = finite.sum(1).tolist(), table.masked_fill(~finite, 0).double().sum(1).tolist()
     return [total / count if count else None for total, count in zip(sums, counts, strict=True)]

@@ -19,8 +19,9 @@ from diffusers import (
 )
 from torch import Tensor
 
-from fpdm.diffusion import PREDICTION_TYPES, predicted_x0
+from fpdm.diffusion import PREDICTION_TYPES, add_noise, predicted_x0
 from fpdm.names import unknown
+from fpdm.sampling.budget import check_calls
 
 # By name, the kind of template that means the same.
 KINDS: dict[str, Any] = {
@@ -55,18 +56,16 @@ class Stepper:
         self.clip = template.config.get("clip_sample_range", 1.0) if template.config.get("clip_sample", False) else None
         self.learned_variance = learned_variance
         settings = _settings(template)
-        distinct = num_steps if self.name != "heun" else _heun_timesteps(num_steps)
+        allowed = calls_of(template, self.name)
+        check_calls(num_steps, allowed)
+        distinct = num_steps if self.name != "heun" else num_steps // 2 + 1
         timesteps = trailing_timesteps(template.config.num_train_timesteps, distinct)
         self.scheduler = _build(self.name, template, learned_variance, settings)
-        # The unclamped table: diffusers' solvers put 2**-24 where a zero terminal SNR has 0.
-        self.alpha_bar = (1 - self.scheduler.betas.double()).cumprod(0).float()
-        if self.name == "heun" and self.alpha_bar[-1] < LEAST_SIGNAL:
-            others = ", ".join(other for other in SCHEDULERS if other != "heun")
-            raise ValueError(
-                f"heun cannot start from noise without any signal, as this noise schedule does: take {others}"
-            )
-        _set_timesteps(self.scheduler, timesteps)
-        self.timesteps = [int(t) for t in self.scheduler.timesteps]
+        self.alpha_bar = _alpha_bar(template).float()
+        # Heun's first step from noise without signal is one of first order, which takes one call.
+        self.ahead = timesteps[:1] if self.name == "heun" and allowed.start == 2 else []
+        _set_timesteps(self.scheduler, timesteps[len(self.ahead) :])
+        self.timesteps = [*self.ahead, *(int(t) for t in self.scheduler.timesteps)]
 
     def level(self, index: int) -> float:
         """The noise level alpha_bar at which call number `index` is made."""
@@ -93,6 +92,11 @@ class Stepper:
 
     def _heun(self, x0: Tensor, x: Tensor, index: int) -> Tensor:
         """diffusers' Heun keeps x / sqrt(alpha_bar), and takes the noise that x0 tells of."""
+        if index < len(self.ahead):
+            here, following = (self.alpha_bar[t] for t in self.timesteps[:2])
+            noise = (x - here.sqrt() * x0) / (1 - here).sqrt()
+            return add_noise(x0, noise, following)  # DDIM's step
+        index -= len(self.ahead)
         sigmas = self.scheduler.sigmas
         here, following = ((1 + sigmas[i] ** 2).sqrt() for i in (index, index + 1))
         scaled = x * here
@@ -122,14 +126,22 @@ def trailing_timesteps(num_train_timesteps: int, num_steps: int) -> list[int]:
     return [round(num_train_timesteps - i * spacing) - 1 for i in range(num_steps)]
 
 
-def _heun_timesteps(calls: int) -> int:
-    """The timesteps of Heun's method for so many calls: two at each but the last."""
-    if calls % 2 == 0:
-        raise ValueError(
-            f"heun calls the network twice at every timestep but one, so an odd number of times in all, not "
-            f"{calls}: take {calls - 1} or {calls + 1} steps"
-        )
-    return (calls + 1) // 2
+def calls_of(template: Any, name: str | None) -> range:
+    """The numbers of calls of the network that a sampling may make: a call is what a plan counts as a timestep.
+
+    Heun's method makes two calls a step, but for the last step; and but for the first where that starts at noise
+    without any signal (a "cosine" schedule, or zero terminal SNR), from which a step of its would be of no use.
+    """
+    most = template.config.num_train_timesteps
+    if name_of(template, name) != "heun":
+        return range(1, most + 1)
+    return range(2, 2 * most - 1, 2) if _alpha_bar(template)[-1] < LEAST_SIGNAL else range(1, 2 * most, 2)
+
+
+def _alpha_bar(template: Any) -> Tensor:
+    """(T,) float64, unclamped: diffusers' solvers put 2**-24 where a zero terminal SNR has 0."""
+    betas = template.betas.double()
+    return (1 - betas).cumprod(0)
 
 
 def _settings(template: Any) -> dict[str, Any]:
