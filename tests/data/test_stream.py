@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fpdm.data import ArraySource, BrokenImage, Slots, Stream, loader
+from fpdm.data import ArraySource, BrokenImage, ImagePreparation, Slots, Stream, loader
 from fpdm.data.stream import MOST_BROKEN
 
 COUNT, BATCH = 10, 4
@@ -19,7 +19,7 @@ def source(count=COUNT):
 
 
 def make_stream(data=None, *, seed=0, batch_size=BATCH):
-    return Stream(data or source(), batch_size=batch_size, image_size=6, crop="random", flip=True, seed=seed)
+    return Stream(data or source(), ImagePreparation(6, "random", flip=True), batch_size=batch_size, seed=seed)
 
 
 def labels(stream, positions):

@@ -3,7 +3,7 @@
 from fpdm.data.arrays import ArraySource, digits, idx_folder, npz_file, write_npz
 from fpdm.data.sources import BrokenImage, ImageFolder, Source, open_images, read_image
 from fpdm.data.stream import Batch, Slots, Stream, loader
-from fpdm.data.transforms import CROPS, central, image_of, pixels, prepare
+from fpdm.data.transforms import CROPS, ImagePreparation, central, image_of, pixels, prepare
 
 __all__ = [
     "CROPS",
@@ -11,6 +11,7 @@ __all__ = [
     "Batch",
     "BrokenImage",
     "ImageFolder",
+    "ImagePreparation",
     "Slots",
     "Source",
     "Stream",

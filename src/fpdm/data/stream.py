@@ -6,18 +6,18 @@ workers, sees the same images.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fpdm.data.sources import BrokenImage, Source
-from fpdm.data.transforms import prepare
 from fpdm.keyed import generator
 
+Prepare = Callable[[Any, torch.Generator], Tensor]
 MOST_BROKEN = 100  # unreadable images in a row after which a data set is given up
 
 
@@ -58,11 +58,14 @@ def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
 
 
 class Stream(Dataset):
-    """Training images by (step, slot). Unreadable files are passed over for the next one, and named."""
+    """Training images by (step, slot). Unreadable files are passed over for the next one, and named.
 
-    def __init__(self, source: Source, *, batch_size: int, image_size: int, crop: str, flip: bool, seed: int):
-        self.source, self.batch_size, self.image_size = source, batch_size, image_size
-        self.crop, self.flip, self.seed = crop, flip, seed
+    prepare  makes what the network takes, (C, H, W) float32, from what the source loads and a generator of the slot's
+             own: see `ImagePreparation`
+    """
+
+    def __init__(self, source: Source, prepare: Prepare, *, batch_size: int, seed: int):
+        self.source, self.prepare, self.batch_size, self.seed = source, prepare, batch_size, seed
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
         step, slot = key
@@ -79,7 +82,7 @@ class Stream(Dataset):
                     failure = f"{len(broken)} images in a row cannot be read, the last {error}"
                     return Item(step, slot, torch.zeros(()), 0, broken, failure)
         chance = generator(self.seed, "augment", step, slot)
-        return Item(step, slot, prepare(image, self.image_size, self.crop, self.flip, chance), label, broken)
+        return Item(step, slot, self.prepare(image, chance), label, broken)
 
 
 class Slots(Sampler[list[tuple[int, int]]]):

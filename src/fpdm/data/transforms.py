@@ -1,6 +1,7 @@
 """From an image file to what a network takes: cropped square, resized, flipped, in [-1, 1]."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -34,6 +35,18 @@ def prepare(image: Image.Image, size: int, crop: str, flip: bool, generator: tor
     # Cropped first: a long strip would be resized to far more than is used.
     square = resize(image.crop((left, top, left + side, top + side)), size)
     return pixels(square, mirrored=flip and mirror < 0.5).float() / 127.5 - 1
+
+
+@dataclass(frozen=True)
+class ImagePreparation:
+    """`prepare` with its settings, for a `Stream`."""
+
+    size: int
+    crop: str = "center"
+    flip: bool = False
+
+    def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
+        return prepare(image, self.size, self.crop, self.flip, generator)
 
 
 def central(image: Image.Image, size: int) -> Image.Image:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, gather_object
 from tqdm import tqdm
 
-from fpdm.data import Batch, Slots, Stream, loader
+from fpdm.data import Batch, ImagePreparation, Slots, Stream, loader
 from fpdm.devices import pick_device
 from fpdm.files import read_json, write_json
 from fpdm.imaging import grid
@@ -106,10 +106,8 @@ class Trainer:
         run, began, first = self.config.run, time.perf_counter(), self.step
         stream = Stream(
             self.parts.source,
+            ImagePreparation(self.config.data.image_size, self.config.data.crop, self.config.data.flip),
             batch_size=self.config.optimizer.batch_size,
-            image_size=self.config.data.image_size,
-            crop=self.config.data.crop,
-            flip=self.config.data.flip,
             seed=run.seed,
         )
         slots = self._slots(self.step)
