@@ -1,13 +1,17 @@
 """The stream: the image of a step and slot is a function of the seed, whoever asks for it, in whatever order."""
 
 import re
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fpdm.data import ArraySource, BrokenImage, ImagePreparation, Slots, Stream, loader
-from fpdm.data.stream import MOST_BROKEN
+from fpdm.data.stream import MOST_BROKEN, WINDOW, epoch_order
+from fpdm.keyed import generator
 
 COUNT, BATCH = 10, 4
 
@@ -32,7 +36,7 @@ class Partly:
     class_names, channels, fingerprint = [], 1, "partly"
 
     def __init__(self, broken, count=COUNT):
-        self.whole, self.broken = source(count), broken
+        self.whole, self.broken, self.chunks = source(count), broken, (count,)
 
     def __len__(self):
         return len(self.whole)
@@ -50,6 +54,72 @@ def test_every_epoch_is_another_permutation():
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert labels(make_stream(seed=1), range(COUNT)) != epochs[0]
     assert labels(make_stream(), range(COUNT)) == epochs[0]
+
+
+# Orders
+
+some_chunks = st.lists(st.integers(1, 9), min_size=1, max_size=5 * WINDOW).map(tuple)
+keys = st.tuples(st.integers(0, 2**40), st.integers(0, 1000))
+
+
+def chunk_of(chunks):
+    """Which chunk each image lies in."""
+    return [chunk for chunk, size in enumerate(chunks) for _ in range(size)]
+
+
+@given(some_chunks, keys)
+def test_an_order_is_a_permutation(chunks, key):
+    order = epoch_order(chunks, *key)
+    assert order.dtype == torch.int64
+    assert sorted(order.tolist()) == list(range(sum(chunks)))
+
+
+@given(some_chunks, keys)
+def test_an_order_is_a_function_of_its_key(chunks, key):
+    order = epoch_order(chunks, *key)
+    epoch_order.cache_clear()
+    assert torch.equal(epoch_order(chunks, *key), order)
+
+
+@given(st.integers(1, 300), keys)
+def test_one_chunk_is_shuffled_as_it_always_was(count, key):
+    """Runs that were begun before there were chunks go on with the images they have not seen."""
+    seed, epoch = key
+    assert torch.equal(epoch_order((count,), *key), torch.randperm(count, generator=generator(seed, "order", epoch)))
+
+
+def test_the_order_of_one_chunk():
+    assert epoch_order((10,), 0, 0).tolist() == [3, 2, 6, 8, 0, 1, 9, 4, 5, 7]
+
+
+@given(some_chunks, keys)
+def test_few_chunks_are_read_at_a_time(chunks, key):
+    """From the first image of a chunk to its last, no more than the chunks of one window are met."""
+    visited = [chunk_of(chunks)[index] for index in epoch_order(chunks, *key)]
+    for chunk in range(len(chunks)):
+        first, last = visited.index(chunk), len(visited) - visited[::-1].index(chunk)
+        assert len(set(visited[first:last])) <= WINDOW
+
+
+def test_images_are_mixed_across_the_chunks_of_a_window():
+    chunks = (50,) * WINDOW
+    visited = [chunk_of(chunks)[index] for index in epoch_order(chunks, 0, 0)]
+    assert len(set(visited[:50])) == WINDOW
+    changes = sum(one != other for one, other in pairwise(visited))
+    assert changes > 0.8 * len(visited)
+
+
+def test_a_chunk_that_is_left_over_is_mixed_too():
+    chunks = (50,) * (WINDOW + 1)
+    visited = [chunk_of(chunks)[index] for index in epoch_order(chunks, 0, 0)]
+    assert len(set(visited[-50:])) == WINDOW // 2
+
+
+def test_every_epoch_has_other_windows():
+    chunks = (5,) * (4 * WINDOW)
+    firsts = [{chunk_of(chunks)[index] for index in epoch_order(chunks, 0, epoch)[: 5 * WINDOW]} for epoch in range(6)]
+    assert all(len(first) == WINDOW for first in firsts)
+    assert len({frozenset(first) for first in firsts}) == 6
 
 
 def test_an_item_is_a_function_of_its_key():

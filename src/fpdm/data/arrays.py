@@ -22,6 +22,7 @@ class ArraySource:
     def __init__(self, images: np.ndarray, labels: np.ndarray | None = None, class_names: list[str] | None = None):
         self.images, self.class_names = images, class_names or []
         self.channels = 1 if images.ndim == 3 else 3
+        self.chunks: tuple[int, ...] = (len(images),)
         self.labels = np.zeros(len(images), np.int64) if labels is None else labels
         digest = hashlib.sha256(repr(images.shape).encode())
         digest.update(np.ascontiguousarray(images).data)

@@ -1,21 +1,19 @@
 """Where images come from. A source is indexable, has classes or none, and tells a fingerprint of what it holds."""
 
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps
-
-from fpdm.data.arrays import SPLITS as IDX_SPLITS
-from fpdm.data.arrays import digits, holds_idx, idx_folder, npz_file
-from fpdm.names import unknown
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 WHOLLY_HASHED = 2**30  # bytes
+MOST_HASHED = 1000  # images of a larger set
 SPLITS = {"train", "test", "val", "valid", "validation"}
 
 
@@ -29,11 +27,13 @@ class Source(Protocol):
     labels       (N,) of all images; 0 without classes
     class_names  one per class; none for images without classes
     channels     1 (grey) or 3 (RGB) of every image that `load` returns
+    chunks       how many images lie together, one run after the other; a single run where any order is as fast
     fingerprint  changes with the data, not when it is moved
     """
 
     class_names: list[str]
     channels: int
+    chunks: tuple[int, ...]
     fingerprint: str
 
     @property
@@ -41,32 +41,8 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The image and its label (0 without classes). Raises BrokenImage if it cannot be read."""
-
-
-def open_images(place: str, channels: int = 3, split: str = "train") -> Source:
-    """The images that a word on the command line means: "digits", an `.npz` file, a folder of IDX files or of images.
-
-    channels  as which image files are read
-    split     "train" or "test", of IDX files; of other data there is one part only, "train"
-
-    Raises ValueError if there are none.
-    """
-    if split not in IDX_SPLITS:
-        raise ValueError(unknown("split", split, IDX_SPLITS))
-    path = Path(place)
-    if path.is_dir() and holds_idx(path):
-        return idx_folder(path, split)
-    if split != "train":
-        raise ValueError(f"{place} has no split {split!r}, only folders of IDX files have: name its folder of images")
-    if place == "digits":
-        return digits()
-    if path.suffix == ".npz" and path.is_file():
-        return npz_file(path)
-    if not path.is_dir():
-        raise ValueError(f"there is no {place}: name a folder of images or IDX files, an .npz file, or digits")
-    return ImageFolder(path, channels)
+    def load(self, index: int) -> tuple[Any, int]:
+        """The image (or its latent) and its label (0 without classes). Raises BrokenImage if it cannot be read."""
 
 
 class ImageFolder:
@@ -79,8 +55,7 @@ class ImageFolder:
 
     def __init__(self, path: str | Path, channels: int = 3):
         self.root, self.channels = Path(path), channels
-        if channels not in (1, 3):
-            raise ValueError(f"channels is {channels}; image files can be read as 1 (grey) or 3 (RGB)")
+        check_channels(channels)
         if not self.root.is_dir():
             raise ValueError(f"{self.root} is not a folder")
         found = sorted(_image_files(self.root))
@@ -101,6 +76,7 @@ class ImageFolder:
         self.names, self.class_names = found, folders
         label_of = {name: label for label, name in enumerate(folders)}
         self.labels = [label_of.get(name.split("/")[0], 0) for name in found]
+        self.chunks: tuple[int, ...] = (len(found),)
         self.fingerprint = fingerprint_of(self.root, found)
 
     def __len__(self) -> int:
@@ -108,29 +84,47 @@ class ImageFolder:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         image = read_image(self.root / self.names[index], self.names[index])
-        return image.convert("L" if self.channels == 1 else "RGB"), self.labels[index]
+        return with_channels(image, self.channels), self.labels[index]
+
+
+def check_channels(channels: int) -> None:
+    """Raises ValueError unless images can be read with so many channels."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels is {channels}; image files can be read as 1 (grey) or 3 (RGB)")
+
+
+def with_channels(image: Image.Image, channels: int) -> Image.Image:
+    """The image in grey ("L") for 1 channel, in RGB for 3."""
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def fingerprint_of(root: Path, names: list[str]) -> str:
     """A SHA-256 of the files' names, sizes and contents; of more than 1 GB, of the contents of 1,000 of them."""
     sizes = {name: (root / name).stat().st_size for name in names}
-    every = 1 if sum(sizes.values()) <= WHOLLY_HASHED else -(-len(names) // 1000)
+    chosen = range(len(names)) if sum(sizes.values()) <= WHOLLY_HASHED else spaced(len(names))
     digest = hashlib.sha256(b"".join(os.fsencode(name) + b"\0%d\n" % size for name, size in sizes.items()))
-    for name in names[::every]:
+    for index in chosen:
         with suppress(OSError):  # it cannot be read as an image either, and is told of there
-            digest.update(hashlib.sha256((root / name).read_bytes()).digest())
+            digest.update(hashlib.sha256((root / names[index]).read_bytes()).digest())
     return digest.hexdigest()
 
 
-def read_image(path: Path, name: str) -> Image.Image:
-    """An image file as it is to be looked at: upright, 8 bits, not transparent, grey ("L") or RGB.
+def spaced(count: int) -> range:
+    """Which of `count` images a fingerprint looks into: at most 1,000 of them, evenly spaced."""
+    return range(0, count, max(1, -(-count // MOST_HASHED)))
+
+
+def read_image(content: Path | bytes, name: str) -> Image.Image:
+    """An image, a file or its bytes, as it is to be looked at: upright, 8 bits, not transparent, grey ("L") or RGB.
 
     Raises BrokenImage, calling it `name`, if it cannot be read.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
             image = opaque(eight_bits(ImageOps.exif_transpose(file)))
             return image if image.mode == "L" else image.convert("RGB")
+    except UnidentifiedImageError as error:  # Pillow's text names an object in memory
+        raise BrokenImage(f"{name}: it is no image, or of a format that Pillow does not know") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BrokenImage(f"{name}: {error}") from error
 

@@ -2,12 +2,13 @@
 
 Position p = step * batch_size + slot runs through the data set in an order that is shuffled anew each epoch, keyed by
 (seed, epoch); crop and flip are keyed by (seed, step, slot). So a resumed run, and one on other devices or with other
-workers, sees the same images.
+workers, sees the same images. A source in several chunks is read a few of them at a time.
 """
 
 import signal
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from fpdm.data.sources import BrokenImage, Source
 from fpdm.keyed import generator
 
 Prepare = Callable[[Any, torch.Generator], Tensor]
+WINDOW = 8  # chunks whose images are mixed
 MOST_BROKEN = 100  # unreadable images in a row after which a data set is given up
 
 
@@ -52,9 +54,16 @@ class Item(NamedTuple):
 
 
 @lru_cache(maxsize=2)  # the end of one epoch and the start of the next
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The order (count,) in which an epoch goes through the images."""
-    return torch.randperm(count, generator=generator(seed, "order", epoch))
+def epoch_order(chunks: tuple[int, ...], seed: int, epoch: int) -> Tensor:
+    """The order (N,) in which an epoch goes through the N images in `chunks`: the chunks are shuffled and shared out to
+    windows of at most `WINDOW`, about equal in number, and the images of a window are shuffled."""
+    ends, chance = list(accumulate(chunks)), generator(seed, "order", epoch)
+    shuffled = torch.randperm(len(chunks), generator=generator(seed, "chunks", epoch))
+    parts = []
+    for window in shuffled.tensor_split(-(-len(chunks) // WINDOW)):
+        images = torch.cat([torch.arange(ends[i] - chunks[i], ends[i]) for i in window.tolist()])
+        parts.append(images[torch.randperm(len(images), generator=chance)])
+    return torch.cat(parts)
 
 
 class Stream(Dataset):
@@ -70,7 +79,7 @@ class Stream(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         step, slot = key
         epoch, place = divmod(step * self.batch_size + slot, len(self.source))
-        index, broken = int(epoch_order(len(self.source), self.seed, epoch)[place]), []
+        index, broken = int(epoch_order(self.source.chunks, self.seed, epoch)[place]), []
         while True:
             try:
                 image, label = self.source.load(index)

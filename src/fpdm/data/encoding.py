@@ -1,0 +1,179 @@
+"""Images to cached latents, a shard at a time: what is there already is not encoded again."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fpdm.data.latents import FORMAT, INDEX, Autoencoder, checksum
+from fpdm.data.sources import BrokenImage, Source
+from fpdm.data.transforms import central, pixels
+from fpdm.files import read_json, write_aside, write_json
+from fpdm.weights import digest
+
+SHARD = 1024  # images
+NAME = "latents-{:05d}.safetensors"
+
+
+def open_autoencoder(name: str) -> tuple[AutoencoderKL, Autoencoder]:
+    """The autoencoder in a folder (also the `vae` inside a pipeline's) or on the hub, and what it is known by.
+
+    Raises ValueError if there is none, or one without a scale.
+    """
+    inside = Path(name) / "vae"
+    try:
+        vae = AutoencoderKL.from_pretrained(inside if inside.is_dir() else name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"the autoencoder {name} cannot be opened: {error}") from error
+    scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor") or 0.0
+    if not scale:
+        raise ValueError(f"the autoencoder {name} tells no scaling_factor, by which its latents are near unit variance")
+    return vae.eval(), Autoencoder(name, digest(vae), float(scale), float(shift))
+
+
+@dataclass
+class Encoder:
+    """Encodes `source` into `out`, square images of `size` pixels.
+
+    mirrored    whether mirrored images are encoded, too
+    process     number of this process and of all: each makes every so-manieth shard
+    on_image    called with the number of images done
+
+    Raises ValueError if `out` holds latents of something else, or the size does not fit the autoencoder.
+    """
+
+    source: Source
+    vae: AutoencoderKL
+    autoencoder: Autoencoder
+    out: Path
+    size: int
+    mirrored: bool = False
+    batch_size: int = 16
+    process: tuple[int, int] = (0, 1)
+    on_image: Callable[[int], Any] = lambda _: None
+
+    def __post_init__(self) -> None:
+        reduction = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if self.size % reduction:
+            raise ValueError(
+                f"image size {self.size} is not a multiple of {reduction}, by which the autoencoder shrinks"
+            )
+        if self.vae.config.in_channels != self.source.channels:
+            takes = self.vae.config.in_channels
+            raise ValueError(f"the autoencoder takes {takes} channels, and the images have {self.source.channels}")
+        self.shards = range(-(-len(self.source) // SHARD))
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """What the latents are of; a folder holds those of one."""
+        return {
+            "format": FORMAT,
+            "images": self.source.fingerprint,
+            "autoencoder": self.autoencoder.digest,
+            "size": self.size,
+            "mirrored": self.mirrored,
+        }
+
+    def claim(self) -> None:
+        """Make `out` the folder of this request. One process calls it, before any encodes."""
+        path = self.out / "request.json"
+        if path.is_file() and (old := read_json(path)) != self.request:
+            changed = ", ".join(key for key, value in self.request.items() if old.get(key) != value)
+            raise ValueError(f"{self.out} holds latents of something else ({changed}): choose another --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.request)
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Make this process's shards that are not there yet."""
+        process, processes = self.process
+        for number in self.shards[process::processes]:
+            images = range(number * SHARD, min(len(self.source), (number + 1) * SHARD))
+            if not self._is_done(number):
+                path = self.out / NAME.format(number)
+                tensors, broken = self._encoded(images)
+                about = {"request": json.dumps(self.request, sort_keys=True), "broken": json.dumps(broken)}
+                write_aside(path, lambda aside: save_file(tensors, aside, about))  # noqa: B023
+            self.on_image(len(images))
+
+    def finish(self) -> list[str]:
+        """Write the index. One process calls it, once all are done; the images that could not be read."""
+        shards, labels, broken, shape = [], [], [], []
+        for number in self.shards:
+            path = self.out / NAME.format(number)
+            with safe_open(path, "pt") as file:
+                found = file.get_tensor("labels").tolist()
+                shape = file.get_slice("mean").get_shape()[1:]
+                broken += json.loads(file.metadata()["broken"])
+            labels += found
+            shards.append({"file": path.name, "images": len(found), "sha256": checksum(path)})
+        if not labels:
+            raise ValueError(f"none of the images can be read: {'; '.join(broken[:3])}")
+        index = {
+            "format": FORMAT,
+            "autoencoder": asdict(self.autoencoder),
+            "shape": shape,
+            "class_names": self.source.class_names,
+            "mirrored": self.mirrored,
+            "broken": broken,
+            "shards": shards,
+            "labels": labels,
+        }
+        write_json(self.out / INDEX, index)
+        return broken
+
+    def _is_done(self, number: int) -> bool:
+        with suppress(OSError, SafetensorError), safe_open(self.out / NAME.format(number), "pt") as file:
+            return (file.metadata() or {}).get("request") == json.dumps(self.request, sort_keys=True)
+        return False
+
+    def _encoded(self, numbers: range) -> tuple[dict[str, Tensor], list[str]]:
+        """The tensors of a shard, and the images that could not be read."""
+        broken: list[str] = []
+        parts: dict[str, list[Tensor]] = {}
+        labels: list[int] = []
+        for images in batched(self._readable(numbers, labels, broken), self.batch_size):
+            for name, batch in {"": images, "mirrored_": images.flip(3)}.items():
+                if name and not self.mirrored:
+                    continue
+                posterior = self.vae.encode(batch.to(self.vae.device, self.vae.dtype)).latent_dist
+                parts.setdefault(f"{name}mean", []).append(posterior.mean.half().cpu())
+                parts.setdefault(f"{name}std", []).append(posterior.std.half().cpu())
+        tensors = {name: torch.cat(some) for name, some in parts.items()}
+        return {**(tensors or self._nothing()), "labels": torch.tensor(labels, dtype=torch.int64)}, broken
+
+    def _nothing(self) -> dict[str, Tensor]:
+        """The tensors of a shard of which no image could be read."""
+        side = self.size // 2 ** (len(self.vae.config.block_out_channels) - 1)
+        names = ("mean", "std", *(("mirrored_mean", "mirrored_std") if self.mirrored else ()))
+        return {name: torch.zeros(0, self.vae.config.latent_channels, side, side).half() for name in names}
+
+    def _readable(self, numbers: range, labels: list[int], broken: list[str]) -> Iterator[Tensor]:
+        for index in numbers:
+            try:
+                image, label = self.source.load(index)
+            except BrokenImage as error:
+                broken.append(str(error))
+                continue
+            labels.append(label)
+            yield pixels(central(image, self.size)).float() / 127.5 - 1
+
+
+def batched(images: Iterator[Tensor], size: int) -> Iterator[Tensor]:
+    """Images (C, H, W) as batches (B, C, H, W)."""
+    batch: list[Tensor] = []
+    for image in images:
+        batch.append(image)
+        if len(batch) == size:
+            yield torch.stack(batch)
+            batch = []
+    if batch:
+        yield torch.stack(batch)
