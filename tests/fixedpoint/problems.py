@@ -1,10 +1,20 @@
 """Problems whose solution is known, and functions that count."""
 
+from copy import deepcopy
+from functools import lru_cache
+from statistics import mean
+
 import torch
 
-from fpdm.fixedpoint import FixedIterations, solve
+from fpdm.data import digits
+from fpdm.diffusion import DiffusionLoss, make_schedule
+from fpdm.fixedpoint import FixedIterations, Solve, StochasticJacobianFree, relative_residual, solve
+from fpdm.fixedpoint.trees import mapped
+from fpdm.keyed import generator
 from fpdm.models import FixedPointDiT
 from tests.networks import SIZES, randomised
+
+TIMESTEPS = (1, 100, 300, 500, 700, 900, 990)
 
 
 def spectral(radius, size=4):
@@ -45,6 +55,62 @@ def core(samples=3):
     assert (solution.residuals[-1] < 1e-12).all()  # so the plain iteration contracts
     model.float()
     return model.core.step, u, model.core.prepare(u, c), solution.value.float()
+
+
+@lru_cache
+def trained():
+    """A network after four seconds of training on digits; and of two noisy digits at each of `TIMESTEPS`, where its
+    iteration starts and the context."""
+    source, draw, losses = digits(), generator("trained"), []
+    images, labels = torch.from_numpy(source.images)[:, None] / 127.5 - 1, torch.from_numpy(source.labels).long()
+    loss = DiffusionLoss(make_schedule(prediction_type="v_prediction", learned_variance=False))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = FixedPointDiT(**{**SIZES, "hidden_size": 32, "num_classes": 10, "learned_variance": False})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(250):
+        rows, t = torch.randint(len(images), (32,), generator=draw), torch.randint(1000, (32,), generator=draw)
+        x0, noise = images[rows], torch.randn(32, 1, 8, 8, generator=draw)
+        gradient = StochasticJacobianFree((0, 6), (1, 6)).draw(draw)
+        found = model(loss.noisy(x0, noise, t), t, labels[rows], solve=Solve(gradient=gradient))
+        value = loss(found.sample, x0, noise, t).total.mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert mean(losses[-25:]) < 0.75 * mean(losses[:25])  # from 0.69 to 0.40
+
+    model.eval().requires_grad_(False)
+    t, given = torch.tensor(TIMESTEPS).repeat_interleave(2), []
+    x = loss.noisy(images[: len(t)], torch.randn(len(t), 1, 8, 8, generator=draw), t)
+
+    def seen(f, z, context):
+        given.extend([z, context])
+        return Solve()(f, z, context)
+
+    model(x, t, labels[: len(t)], solve=seen)
+    return model, *given
+
+
+def trained_layer(dtype=torch.float32, feedback=1.0):
+    """f, start and context in `trained`; `feedback` multiplies what the iterate adds to its own next value."""
+    model, start, context = trained()
+    layer = deepcopy(model.core).to(dtype)
+    layer.inject_z.weight *= feedback
+    return layer.step, start.to(dtype), mapped(lambda tensor: tensor.to(dtype), context)
+
+
+@lru_cache
+def trained_solution():
+    f, start, context = trained_layer(torch.float64)
+    solution = solve(f, start, context, stopping=FixedIterations(400)).value
+    assert (relative_residual(solution, f(solution, context)) < 1e-10).all()
+    return solution
+
+
+def trained_core(dtype=torch.float32):
+    """The layer of a trained network and its contexts: f, start, context, solution."""
+    return *trained_layer(dtype), trained_solution().to(torch.promote_types(dtype, torch.float32))
 
 
 def halving(z, context=None):

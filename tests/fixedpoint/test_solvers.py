@@ -12,7 +12,18 @@ from scipy import optimize
 
 from fpdm.fixedpoint import Anderson, Broyden, FixedIterations, Picard, Status, Tolerance, relative_residual, solve
 from fpdm.fixedpoint.trees import mapped
-from tests.fixedpoint.problems import Counted, core, cosine, halving, linear, sloped, spectral, tanh_layer
+from tests.fixedpoint.problems import (
+    Counted,
+    core,
+    cosine,
+    halving,
+    linear,
+    sloped,
+    spectral,
+    tanh_layer,
+    trained_core,
+    trained_layer,
+)
 
 ACCELERATED = [Anderson(1), Anderson(2), Anderson(5), Anderson(5, damping=0.7), Broyden(8)]
 SOLVERS = [Picard(), Picard(0.7), *ACCELERATED]
@@ -27,6 +38,11 @@ def normal(*shape, seed=0, dtype=torch.float32):
 def from_noise(problem):
     f, solution = problem
     return f, normal(3, *solution.shape, dtype=solution.dtype), None, solution.expand(3, *solution.shape)
+
+
+def errors(value, solution):
+    """Relative, of each sample."""
+    return (value - solution).flatten(1).norm(dim=1) / solution.flatten(1).norm(dim=1)
 
 
 class Recorded:
@@ -52,14 +68,14 @@ class Recorded:
     pytest.param(lambda: from_noise(cosine()),       id="cosine"),
     pytest.param(lambda: from_noise(tanh_layer()),   id="tanh layer"),
     pytest.param(core,                               id="layer of a network"),
+    pytest.param(trained_core,                       id="layer of a trained network"),
 ])  # fmt: skip
 def test_every_solver_finds_the_known_solution(problem, solver):
     f, start, context, solution = problem()
     with torch.no_grad():
         found = solve(f, start, context, stopping=Tolerance(1e-5, 2000), solver=solver)
-    assert found.status.tolist() == [Status.CONVERGED] * 3
-    error = (found.value - solution).flatten(1).norm(dim=1) / solution.flatten(1).norm(dim=1)
-    assert error.max() < 1e-3  # a residual of 1e-5 over 1 - 0.99
+    assert found.status.tolist() == [Status.CONVERGED] * len(start)
+    assert errors(found.value, solution).max() < 1e-3  # a residual of 1e-5 over 1 - 0.99
     assert torch.equal(found.residuals.isfinite().sum(0), found.iterations)
 
 
@@ -146,6 +162,79 @@ def test_what_plain_iteration_cannot_solve(solver):
     else:
         assert found.status.item() == Status.CONVERGED
         assert found.value.item() == pytest.approx(-0.5, abs=1e-6)
+
+
+# --- a trained layer: an iteration leaves 0.45 to 0.7 of its residual
+
+
+@pytest.mark.parametrize(("solver", "most"), [
+    (Picard(),                 100),
+    (Picard(0.7),              60),
+    (Anderson(1),              50),
+    (Anderson(2),              36),
+    (Anderson(5),              30),
+    (Anderson(5, damping=0.7), 30),
+    (Broyden(3),               36),
+    (Broyden(8),               30),
+], ids=str)  # fmt: skip
+def test_a_trained_layer_is_solved_within_so_many_iterations(solver, most):
+    f, start, context, solution = trained_core()
+    found = solve(f, start, context, stopping=Tolerance(1e-5, most), solver=solver)
+    assert found.status.tolist() == [Status.CONVERGED] * len(start)
+    assert errors(found.value, solution).max() < 5e-5
+
+
+@every_solver
+@pytest.mark.parametrize("tolerance", [1e-1, 1e-2, 1e-3, 1e-5])
+def test_the_residual_of_a_trained_layers_value_is_within_the_tolerance(tolerance, solver):
+    f, start, context, solution = trained_core()
+    found = solve(f, start, context, stopping=Tolerance(tolerance, 200), solver=solver)
+    assert found.status.tolist() == [Status.CONVERGED] * len(start)
+    assert (relative_residual(found.value, f(found.value, context)) < tolerance).all()
+    assert errors(found.value, solution).max() < 5 * tolerance
+
+
+@every_accelerated
+def test_acceleration_leaves_less_of_a_trained_layers_error_after_eight_iterations(solver):
+    f, start, context, solution = trained_core()
+    plain, found = (
+        errors(solve(f, start, context, stopping=FixedIterations(8), solver=one).value, solution)
+        for one in (Picard(), solver)
+    )
+    assert found.median() < 0.75 * plain.median() < 0.02
+
+
+@every_solver
+@pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 2e-2), (torch.float32, 5e-6)], ids=str)
+def test_a_trained_layer_is_solved_to_the_precision_of_its_type(dtype, most, solver):
+    f, start, context, solution = trained_core(dtype)
+    z, state, seen = start, solver.init(start), set()
+    for _ in range(60):
+        z, state = solver.step(z, f(z, context), state)
+        mapped(lambda tensor: seen.add(tensor.dtype), state)
+    assert z.dtype == dtype
+    assert seen <= {torch.float32}
+    found = solve(f, start, context, stopping=FixedIterations(60), solver=solver)
+    assert torch.equal(found.value, z)
+    assert found.status.tolist() == [Status.COMPLETED] * len(start)
+    assert errors(z.float(), solution).max() < most
+
+
+@every_solver
+@pytest.mark.parametrize("feedback", [2.0, 5.0])
+def test_a_trained_layer_that_no_longer_contracts_has_a_finite_value_and_says_so(feedback, solver):
+    f, start, context = trained_layer(feedback=feedback)
+    found = solve(f, start, context, stopping=Tolerance(1e-3, 100), solver=solver)
+    reached = found.status == Status.CONVERGED
+    assert found.value.isfinite().all()
+    assert (found.status != Status.COMPLETED).all()
+    # The residual that was read is that of the iterate before, which such a layer may increase.
+    assert (relative_residual(found.value, f(found.value, context))[reached] < 2e-3).all()
+    assert ((found.residuals <= 1e-3).any(0) == reached).all()
+    if feedback == 5 or solver == Picard():
+        assert not reached.any()
+    elif solver in (Anderson(5), Anderson(5, damping=0.7), Broyden(8)):
+        assert reached.float().mean() > 0.7  # where plain iteration only wanders
 
 
 # --- other implementations
@@ -256,8 +345,9 @@ def test_a_sample_has_the_iterates_it_has_alone(slopes, solver, data):
 
 
 @every_solver
-def test_samples_of_the_layer_are_solved_as_if_alone(solver):
-    f, start, context, _ = core()
+@pytest.mark.parametrize("problem", [core, trained_core], ids=["random", "trained"])
+def test_samples_of_the_layer_are_solved_as_if_alone(problem, solver):
+    f, start, context, _ = problem()
     rule = {"stopping": Tolerance(1e-4, 50), "solver": solver}
     with torch.no_grad():
         together = solve(f, start, context, **rule)

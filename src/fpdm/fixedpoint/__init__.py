@@ -4,9 +4,11 @@ from fpdm.fixedpoint.gradients import (
     Gradient,
     JacobianFree,
     MultiStepJacobianFree,
+    Phantom,
     StochasticJacobianFree,
     Unroll,
 )
+from fpdm.fixedpoint.implicit import Implicit
 from fpdm.fixedpoint.solve import Solution, Status, relative_residual, solve
 from fpdm.fixedpoint.solvers import Anderson, Broyden, Picard, Solver
 from fpdm.fixedpoint.spec import Solve
@@ -18,8 +20,10 @@ __all__ = [
     "Broyden",
     "FixedIterations",
     "Gradient",
+    "Implicit",
     "JacobianFree",
     "MultiStepJacobianFree",
+    "Phantom",
     "Picard",
     "Solution",
     "Solve",
