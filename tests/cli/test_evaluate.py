@@ -14,6 +14,7 @@ from fpdm.data import digits, write_npz
 from fpdm.evaluation import Evaluation
 from fpdm.files import cache_folder
 from fpdm.pipeline import FixedPointDiTPipeline
+from tests.commands import refusal
 
 TINY = [
     "--hidden-size", "16", "--num-heads", "2", "--patch-size", "4", "--batch-size", "8", "--steps", "2",
@@ -24,15 +25,9 @@ DRAWING = ["--num-images", str(COUNT), "--budget", "6", "--seed", "3"]
 DIGITS = digits()
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(cache, tmp_path, monkeypatch):
     """Nothing outside is read or written to."""
-    monkeypatch.setenv("FPDM_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
 
 
@@ -52,9 +47,7 @@ def model(runs):
 def evaluated(model, cache, tmp_path_factory):
     """The folder of an evaluation of the model."""
     out = tmp_path_factory.mktemp("evaluated") / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FPDM_CACHE", str(cache))
-        assert evaluate(model, "--out", out, *DRAWING) == 0
+    assert evaluate(model, "--out", out, *DRAWING) == 0
     return out
 
 
@@ -68,23 +61,16 @@ def folder(evaluated, tmp_path):
     return images
 
 
-def evaluate(place, *arguments):
-    words = ["evaluate", place, "--data", "digits", *arguments]
-    return main([str(word) for word in words])
+def command(place, *arguments):
+    return ["evaluate", str(place), "--data", "digits", *map(str, arguments)]
 
 
-def refused(capsys, place, *arguments):
-    """The message of an evaluation that is refused with exit status 2, in one line and without a traceback."""
-    capsys.readouterr()
-    try:
-        status = evaluate(place, *arguments)
-    except SystemExit as exit:
-        status = exit.code
-    said = capsys.readouterr().err
-    assert status == 2, said
-    assert "Traceback" not in said
-    assert len([line for line in said.splitlines() if line.startswith("fpdm evaluate: ")]) == 1
-    return said
+def evaluate(*arguments):
+    return main(command(*arguments))
+
+
+def refused(capsys, *arguments):
+    return refusal(capsys, command(*arguments))
 
 
 def kept(out):
@@ -242,7 +228,6 @@ def others(tmp_path_factory, cache):
     (place / "weights.safetensors").write_text("none")
     (place / "empty").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FPDM_CACHE", str(cache))
         from fpdm.evaluation.extractors import classifier
 
         patch.setattr(classifier, "MOST_STEPS", 5)

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,17 +17,12 @@ from fpdm.experiments import trace
 from fpdm.imaging import grid
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import TunedPlan, save_plans
-from tests.experiments.sweeps import save_models
+from tests.commands import refusal, wait_for
 
 BUDGET = ["--budget", "40"]  # of "looped": 10 timesteps of 2 iterations
 NEW = ("solver", "tolerance", "pooled", "guidance_interval", "guidance_channels", "guidance_share")  # of a request
 FINE = TunedPlan(320, (2,) * 80, "dpm++", "plain", "picard", {})
 COARSE = TunedPlan(80, (5,) * 5 + (4,) * 5 + (1,) * 5, "ddim", "linear", "anderson:2", {})
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +34,17 @@ def tuned(models, tmp_path_factory):
     return folder
 
 
-def sample(model, out, *options):
-    words = ["sample", model, "--out", out, "--num-images", "3", *options]  # of one option given twice, the last holds
-    return main([str(word) for word in words])
+def command(model, out, *options):
+    """Of several values of one option, the last one holds."""
+    return ["sample", str(model), "--out", str(out), "--num-images", "3", *map(str, options)]
 
 
-def refused(capsys, model, out, *options):
-    """The message of a command that is refused with exit status 2, in one line and without a traceback."""
-    capsys.readouterr()
-    try:
-        status = sample(model, out, *options)
-    except SystemExit as exit:
-        status = exit.code
-    said = capsys.readouterr().err
-    assert status == 2, said
-    assert "Traceback" not in said
-    (message,) = [line for line in said.splitlines() if line.startswith("fpdm sample: ")]
-    return message
+def sample(*arguments):
+    return main(command(*arguments))
+
+
+def refused(capsys, *arguments):
+    return refusal(capsys, command(*arguments))
 
 
 def drawn(model, out, *options):
@@ -69,10 +57,6 @@ def drawn(model, out, *options):
 
 def images_in(out):
     return {path.name: path.read_bytes() for path in out.glob("0*.png")}
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 # Options
@@ -449,13 +433,6 @@ def test_a_budget_too_small_for_the_mean_iterations_of_a_tuned_plan_can_be_drawn
 
 
 # Two commands at once
-
-
-def wait_for(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
 
 
 def test_a_second_command_in_a_folder_is_told_so_and_harms_nothing(models, tmp_path, capsys):

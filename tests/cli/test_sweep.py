@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from fpdm import DiT
 from fpdm.cli.main import main
 from fpdm.data import open_images
 from fpdm.experiments import sweep
-from tests.experiments.sweeps import grids_in, points_in, read_strictly, save_models, save_pipeline, times_of
+from tests.commands import contents, refusal, wait_for
+from tests.experiments.sweeps import grids_in, points_in, read_strictly, save_pipeline, times_of
 
 OPTIONS = [
     "--data", "digits", "--num-images", "50", "--batch-size", "20", "--budgets", "6,12",
@@ -26,18 +26,7 @@ OPTIONS = [
 ]  # fmt: skip
 NEVER = "6,12,60000"  # the last of these takes minutes: a sweep of them is not done before it is stopped
 CLASSIFIER = files("fpdm.evaluation") / "classifiers/digits.safetensors"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FPDM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
@@ -71,25 +60,7 @@ def start(*arguments, out):
 
 
 def refused(*arguments, out, captured):
-    """The message of a sweep that ends with exit status 2 and no traceback, in whichever process."""
-    captured.readouterr()
-    status = run(*arguments, out=out)
-    said = captured.readouterr().err
-    assert status == 2, said
-    assert "Traceback" not in said
-    (message,) = [line for line in said.splitlines() if "fpdm sweep: " in line]
-    return message[message.index("fpdm sweep: ") :]
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def wait_for(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
+    return refusal(captured, words(*arguments, out=out))
 
 
 def still_there(process):

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,36 +13,26 @@ from fpdm.cli.main import main
 from fpdm.experiments import tune as tuning
 from fpdm.experiments.sweep import all_points
 from fpdm.pipeline import FixedPointDiTPipeline
-from tests.experiments.sweeps import points_in, save_models
+from tests.commands import refusal, wait_for
+from tests.experiments.sweeps import points_in
 
 OPTIONS = ["--data", "digits", "--num-images", "50", "--batch-size", "50", "--device", "cpu", "--schedulers", "dpm++"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FPDM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def whole(originals, tmp_path_factory):
+def whole(models, tmp_path_factory):
     """A run whose model was tuned, without an interruption."""
     run = tmp_path_factory.mktemp("whole") / "run"
-    shutil.copytree(originals["looped"], run / "pipeline")
+    shutil.copytree(models["looped"], run / "pipeline")
     assert tune(f"mine={run}", "--budget", 5) == 0
     return run
 
 
 @pytest.fixture
-def model(originals, tmp_path):
+def model(models, tmp_path):
     """A model without plans."""
-    return shutil.copytree(originals["looped"], tmp_path / "model")
+    return shutil.copytree(models["looped"], tmp_path / "model")
 
 
 def words(*options):
@@ -56,13 +45,7 @@ def tune(*options):
 
 
 def refused(capsys, *options):
-    """The message of a command that is refused with exit status 2, in one line and without a traceback."""
-    capsys.readouterr()
-    assert tune(*options) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    (message,) = [line for line in said.splitlines() if "fpdm tune: " in line]
-    return message
+    return refusal(capsys, words(*options))
 
 
 def test_plans_are_kept_with_the_model_and_all_that_was_measured_in_its_run(whole):
@@ -96,8 +79,8 @@ def test_a_sampling_follows_the_plan_that_was_found(whole, tmp_path, capsys):
     }
 
 
-def test_an_explicit_network_is_tuned(originals, tmp_path, capsys):
-    folder = shutil.copytree(originals["plain"], tmp_path / "plain")
+def test_an_explicit_network_is_tuned(models, tmp_path, capsys):
+    folder = shutil.copytree(models["plain"], tmp_path / "plain")
     assert tune(f"mine={folder}", "--budget", 10, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().out
     assert "10 block passes: 2 timesteps" in said
@@ -113,10 +96,7 @@ def test_a_process_that_is_interrupted_goes_on_to_the_same_plans(model, whole, t
     command = [sys.executable, "-m", "fpdm", *words(f"mine={run}", "--budget", 5)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         try:
-            end = time.monotonic() + 60
-            while not list((run / "tune").glob("round-2/points/*.json")):
-                assert time.monotonic() < end, "waited too long"
-                time.sleep(0.01)
+            wait_for(lambda: list((run / "tune").glob("round-2/points/*.json")))
             process.send_signal(signal.SIGINT)
             assert process.wait(timeout=30) == 130
             said = process.stderr.read()
@@ -177,9 +157,9 @@ def test_a_model_that_is_not_here_is_one_clear_message(name, message, capsys, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_a_model_folder_with_an_equals_sign_keeps_its_measurements(originals, tmp_path, monkeypatch):
+def test_a_model_folder_with_an_equals_sign_keeps_its_measurements(models, tmp_path, monkeypatch):
     outs = []
     monkeypatch.setattr(tuning, "tune_model", lambda *given: outs.append(given[4]) or [])
-    folder = shutil.copytree(originals["plain"], tmp_path / "lr=1e-4")
+    folder = shutil.copytree(models["plain"], tmp_path / "lr=1e-4")
     assert tune(folder) == 0
     assert outs == [folder / "tune"]

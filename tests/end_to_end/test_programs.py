@@ -4,11 +4,11 @@ import json
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
 
+from tests.commands import wait_for
 from tests.training.runs import log_of, tensors_of
 
 TRAIN = [
@@ -20,13 +20,6 @@ TRAIN = [
 
 def train(folder, *more):
     return [*TRAIN, "--runs-dir", str(folder), *more]
-
-
-def wait_for(condition, seconds=60.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -11,7 +11,7 @@ from fpdm.experiments.page import write_report
 from fpdm.experiments.points import Axes, Settings, points_of
 from fpdm.experiments.sweep import run_sweep
 from fpdm.sampling import TunedPlan, save_plans
-from tests.experiments.sweeps import points_in, save_models, times_of
+from tests.experiments.sweeps import points_in, times_of
 
 TUNED = [  # of 6 and 12 block passes; the budget of 12 has another scheduler, reuse and solver
     TunedPlan(6, (1, 1), "ddim", "plain", "picard", {}),
@@ -20,15 +20,8 @@ TUNED = [  # of 6 and 12 block passes; the budget of 12 has another scheduler, r
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FPDM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield Settings("digits", num_images=50, batch_size=50, device="cpu")
+def settings(cache):
+    return Settings("digits", num_images=50, batch_size=50, device="cpu")
 
 
 @pytest.fixture

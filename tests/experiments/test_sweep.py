@@ -16,22 +16,15 @@ from fpdm.experiments.sweep import all_points, run_sweep
 from fpdm.imaging import grid
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.weights import digest
-from tests.experiments.sweeps import DIGITS, grids_in, points_in, read_strictly, save_models, save_pipeline, times_of
+from tests.experiments.sweeps import DIGITS, grids_in, points_in, read_strictly, save_pipeline, times_of
 
 BUDGETS, SCHEDULERS, IMAGES = [6, 12], ["dpm++"], 50
 BATCHES = [list(range(20)), list(range(20, 40)), list(range(40, 50))]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FPDM_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield Settings("digits", num_images=IMAGES, batch_size=20, device="cpu")
+def settings(cache):
+    return Settings("digits", num_images=IMAGES, batch_size=20, device="cpu")
 
 
 @pytest.fixture(scope="module")

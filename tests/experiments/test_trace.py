@@ -12,7 +12,6 @@ from fpdm.drawing import Choices, draw_missing, load_pipeline
 from fpdm.experiments import trace
 from fpdm.experiments.trace import SHOWN, frames_of, write_trace
 from fpdm.imaging import grid
-from tests.experiments.sweeps import save_models
 
 CHOICES = {
     "looped": Choices(iterations=(3, 1, 2), scheduler="dpm++"),
@@ -21,10 +20,9 @@ CHOICES = {
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def drawn(models, tmp_path_factory):
     """label -> pipeline and report of a sampling."""
     quiet_libraries()
-    models = save_models(tmp_path_factory.mktemp("models"))
     pipes = {label: load_pipeline(folder, "cpu", "float32") for label, folder in models.items()}
     out = tmp_path_factory.mktemp("drawn")
     return {label: (pipe, draw_missing(pipe, out / label, 2, [1, 4], 2, CHOICES[label], lambda count: None))

@@ -22,26 +22,16 @@ from fpdm.models import DiT
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import cost_of, load_plans, measure_profile
 from fpdm.weights import digest
-from tests.experiments.sweeps import save_models, save_pipeline
+from tests.experiments.sweeps import save_pipeline
 
 BUDGET = 16
 SCHEDULERS = ["dpm++", "ddpm"]
 
 
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    return save_models(tmp_path_factory.mktemp("models"))
-
-
 @pytest.fixture
-def models(originals, tmp_path):
-    """Models without plans."""
-    return {label: shutil.copytree(folder, tmp_path / "models" / label) for label, folder in originals.items()}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+def models(models, tmp_path):
+    """Copies, since plans are written into them."""
+    return {label: shutil.copytree(folder, tmp_path / "models" / label) for label, folder in models.items()}
 
 
 instrument_for, profiles = sweep.instrument_for, {}
@@ -84,7 +74,6 @@ class Bench:
 @pytest.fixture
 def bench(monkeypatch, cache):
     bench = Bench()
-    monkeypatch.setenv("FPDM_CACHE", str(cache))
     monkeypatch.setattr(sweep, "measure_point", bench.measure_point)
     # What is slow and the same for all rounds is made once.
     monkeypatch.setattr(sweep, "load_pipeline", lru_cache(sweep.load_pipeline))
@@ -331,8 +320,7 @@ def test_damaged_plans_are_told_and_not_written_over(models, bench, tmp_path):
 # Found to be wrong
 
 
-def test_a_model_is_tuned_in_lower_precision(models, monkeypatch, tmp_path, cache):
-    monkeypatch.setenv("FPDM_CACHE", str(cache))
+def test_a_model_is_tuned_in_lower_precision(models, tmp_path, cache):
     tune(models["plain"], tmp_path / "out", [6], ["dpm++"], num_images=50, dtype="bfloat16")
 
 
@@ -353,9 +341,9 @@ def test_a_short_noise_schedule_is_tuned(bench, tmp_path, models):
     assert len(plan.iterations) <= 20
 
 
-def test_a_model_is_opened_once_to_learn_the_size_of_its_images(originals, monkeypatch):
+def test_a_model_is_opened_once_to_learn_the_size_of_its_images(models, monkeypatch):
     opened, load_pipeline = [], sweep.load_pipeline
-    points, _ = points_of([originals["plain"]], Axes([5, 10, 15], SCHEDULERS), Settings("digits"))
+    points, _ = points_of([str(models["plain"])], Axes([5, 10, 15], SCHEDULERS), Settings("digits"))
     monkeypatch.setattr(sweep, "load_pipeline", lambda *given: opened.append(given) or load_pipeline(*given))
     assert shape_of(points) == (8, 1)
     assert len(opened) == 1
