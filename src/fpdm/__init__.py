@@ -16,14 +16,17 @@ _HOMES = {
     "FixedIterations": "fpdm.fixedpoint",
     "FixedPointDiT": "fpdm.models",
     "FixedPointDiTPipeline": "fpdm.pipeline",
+    "Implicit": "fpdm.fixedpoint",
     "JacobianFree": "fpdm.fixedpoint",
     "MultiStepJacobianFree": "fpdm.fixedpoint",
+    "Phantom": "fpdm.fixedpoint",
     "Picard": "fpdm.fixedpoint",
     "Plan": "fpdm.sampling",
     "Report": "fpdm.sampling",
     "Solve": "fpdm.fixedpoint",
     "StochasticJacobianFree": "fpdm.fixedpoint",
     "Tolerance": "fpdm.fixedpoint",
+    "Unroll": "fpdm.fixedpoint",
     "make_plan": "fpdm.sampling",
 }
 __all__ = list(_HOMES)
@@ -33,12 +36,15 @@ if TYPE_CHECKING:
         Anderson,
         Broyden,
         FixedIterations,
+        Implicit,
         JacobianFree,
         MultiStepJacobianFree,
+        Phantom,
         Picard,
         Solve,
         StochasticJacobianFree,
         Tolerance,
+        Unroll,
     )
     from fpdm.models import DiT, FixedPointDiT
     from fpdm.pipeline import FixedPointDiTPipeline

@@ -2,6 +2,7 @@
 is not drawn again, so an interruption costs one batch."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from fpdm.data import write_npz
-from fpdm.devices import pick_device
+from fpdm.devices import Processes, pick_device
 from fpdm.files import hold, read_json, write_aside, write_json
 from fpdm.imaging import grid
 from fpdm.pipeline import FixedPointDiTPipeline, asked_of_solves, guidance_of
@@ -21,6 +22,8 @@ from fpdm.sampling import Guidance, Plan, Purse, Report, check_reuse
 from fpdm.weights import digest
 
 GRID_IMAGES = 100
+REPORT, PART = "report.json", ".report-"
+ALONE = Processes()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -103,11 +106,13 @@ def draw_missing(
     batch_size: int,
     choices: Choices,
     on_batch: Callable[[int], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Report:
     """Draw those of images 0 to count - 1 that `out` lacks; the report covers all that were ever drawn into it.
 
-    classes   numbers or names, of the images in turn; None draws without classes
-    on_batch  called with the number of images of each batch that was drawn, instead of showing a bar of its own
+    classes    numbers or names, of the images in turn; None draws without classes
+    on_batch   called with the number of images of each batch that was drawn, instead of showing a bar of its own
+    processes  share the images out; each calls this with the same arguments
 
     Raises ValueError, before anything is drawn, if `out` holds images of another request.
     """
@@ -124,13 +129,23 @@ def draw_missing(
         "class_names": pipe.class_names,
         **choices.to_dict(),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with hold(out):
-        _claim(out, request)
-        report = _draw(pipe, out, count, labels, batch_size, choices, on_batch)
-        shown = [Image.open(image_file(out, i)) for i in range(min(count, GRID_IMAGES))]
-        columns = min(10, len(classes or [])) or 10
-        write_aside(out / "grid.png", partial(grid(shown, columns).save, format="PNG"))
+    with ExitStack() as stack:
+        if processes.main:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(out))
+            _claim(out, request)
+            _collect(out)
+        processes.wait()
+        _draw(pipe, out, count, labels, batch_size, choices, on_batch, processes)
+        processes.wait()
+        if processes.main:
+            _collect(out)
+            shown = [Image.open(image_file(out, i)) for i in range(min(count, GRID_IMAGES))]
+            columns = min(10, len(classes or [])) or 10
+            write_aside(out / "grid.png", partial(grid(shown, columns).save, format="PNG"))
+        processes.wait()
+    report = _drawn(out / REPORT)[1]
+    assert report is not None
     return report
 
 
@@ -142,32 +157,48 @@ def _draw(
     batch_size: int,
     choices: Choices,
     on_batch: Callable[[int], None] | None,
-) -> Report:
-    """Draw what is missing of the request that `out` holds."""
-    drawn, report = _drawn(out)
-    missing = [i for i in range(count) if i not in drawn or not image_file(out, i).is_file()]
-    lost = [i for i in missing if i in drawn]  # their files: they are in the report already, and drawn by themselves
-    new = [i for i in missing if i not in drawn]
+    processes: Processes,
+) -> None:
+    """Draw this process's share of what is missing of the request that `out` holds."""
+    done, whole = _drawn(out / REPORT)
+    missing = [i for i in range(count) if i not in done or not image_file(out, i).is_file()]
+    missing = missing[processes.index :: processes.count]
+    lost = [i for i in missing if i in done]  # their files: they are in the report already, and drawn by themselves
+    new = [i for i in missing if i not in done]
+    # The main process goes on with the report; the others begin one each, which is collected at the end.
+    path = out / (REPORT if processes.main else f"{PART}{processes.index}.json")
+    drawn, report = (done, whole) if processes.main else (set(), None)
+    processes.wait()  # until all have read it
     batches = [part[i : i + batch_size] for part in (new, lost) for i in range(0, len(part), batch_size)]
     left = len(missing)
     for indices in batches:
         pipe.set_progress_bar_config(
-            desc=f"images {left} to go", unit="step", leave=False, disable=on_batch is not None
+            desc=f"images {left} to go", unit="step", leave=False, disable=on_batch is not None or not processes.main
         )
         batch = None if labels is None else [labels[i] for i in indices]
         result = pipe(batch, len(indices), image_indices=indices, **choices.to_dict())
         for i, image in zip(indices, result.images, strict=True):
             write_aside(image_file(out, i), partial(image.save, format="PNG"))
         left -= len(indices)
-        if not drawn.issuperset(indices):
+        if not done.issuperset(indices):
             report = result.report if report is None else report.merged(result.report)
             drawn |= set(indices)
             kept = {"request": read_json(out / "request.json"), "images": sorted(drawn), "report": report.to_dict()}
-            write_json(out / "report.json", kept)
+            write_json(path, kept)
         if on_batch is not None:
             on_batch(len(indices))
-    assert report is not None
-    return report
+
+
+def _collect(out: Path) -> None:
+    """Take the reports that processes left into the one of the folder."""
+    for part in sorted(out.glob(f"{PART}*.json")):
+        drawn, report = _drawn(out / REPORT)
+        images, found = _drawn(part)
+        if found is not None and not drawn.issuperset(images):  # else it was taken, and this process stopped just then
+            report = found if report is None else report.merged(found)
+            kept = {"request": read_json(out / "request.json"), "images": sorted(drawn | images)}
+            write_json(out / REPORT, {**kept, "report": report.to_dict()})
+        part.unlink()
 
 
 def cycled(classes: list[Any] | None, count: int) -> list[Any] | None:
@@ -189,9 +220,8 @@ def image_file(out: Path, index: int) -> Path:
     return out / f"{index:06d}.png"
 
 
-def _drawn(out: Path) -> tuple[set[int], Report | None]:
-    """The images that the report in `out` covers, and the report. Others are drawn, or drawn again."""
-    path = out / "report.json"
+def _drawn(path: Path) -> tuple[set[int], Report | None]:
+    """The images that a report covers, and the report. Others are drawn, or drawn again."""
     if not path.is_file():
         return set(), None
     kept = read_json(path)

@@ -1,6 +1,7 @@
 """What a result was made with."""
 
 import platform
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,20 @@ def made_with(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version_of(name) for name in PACKAGES},
     }
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, rows: int, width: int, seconds: float = 0.05) -> float:
+    """Operations per second of a linear layer, `width` to 4 `width`, on so many rows: the rate that a transformer's
+    blocks cannot exceed on this device. Two operations per multiply-add; the best of the runs that fit into `seconds`,
+    at least three."""
+    x = torch.zeros(max(1, rows), width, device=device, dtype=dtype)
+    weight = torch.zeros(width, 4 * width, device=device, dtype=dtype)
+    best, began, runs = float("inf"), time.perf_counter(), 0
+    while runs < 4 or time.perf_counter() - began < seconds:  # the first one warms up
+        started = time.perf_counter()
+        (x @ weight)[0, 0].item()  # which waits for the device
+        best, runs = min(best, time.perf_counter() - started if runs else best), runs + 1
+    return 2 * x.shape[0] * width * 4 * width / best
 
 
 def processor() -> str:

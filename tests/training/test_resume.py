@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from fpdm.training import loop
+from fpdm.training import checkpoints
 from fpdm.training.loop import Trainer
+from fpdm.training.saving import Saver
 from tests.training.runs import interrupt_at, log_of, tensors_of, tiny
 
 
@@ -60,7 +61,7 @@ def die_at(step, method):
 
 
 def test_torn_while_a_checkpoint_is_written(uninterrupted, tmp_path, monkeypatch):
-    path, real = tmp_path / "run", loop.checkpoints.save_file
+    path, real = tmp_path / "run", checkpoints.save_file
     with monkeypatch.context() as patch:
 
         def torn(tensors, file):
@@ -69,10 +70,10 @@ def test_torn_while_a_checkpoint_is_written(uninterrupted, tmp_path, monkeypatch
                 raise SystemExit("killed")
             real(tensors, file)
 
-        patch.setattr(loop.checkpoints, "save_file", torn)
+        patch.setattr(checkpoints, "save_file", torn)
         with pytest.raises(SystemExit):
             Trainer(tiny(), path).run()
-    assert loop.checkpoints.all_steps(path / "checkpoints") == [5]
+    assert checkpoints.all_steps(path / "checkpoints") == [5]
     assert Trainer(tiny(), path).run() == "finished"
     assert_same_run(uninterrupted, path, 10)
 
@@ -100,7 +101,7 @@ def test_a_model_of_an_earlier_stop_does_not_pass_for_the_finished_one(uninterru
         interrupt_at(patch, 3)
         Trainer(tiny(), path).run()
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_export", lambda self: 1 / 0)  # killed after the last checkpoint, before the model
+        patch.setattr(Saver, "export", lambda self: 1 / 0)  # killed after the last checkpoint, before the model
         with pytest.raises(ZeroDivisionError):
             Trainer(tiny(), path).run()
     assert Trainer(tiny(), path).run() == "already finished"

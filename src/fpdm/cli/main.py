@@ -7,11 +7,15 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import fpdm
-from fpdm.cli import demo, evaluate, plan, sample, sweep, train, tune
+from fpdm.cli import demo, evaluate, info, latents, plan, replay, runs, sample, sweep, train, tune
 from fpdm.names import unknown
 
 COMMANDS = {
     "train": train,
+    "info": info,
+    "latents": latents,
+    "runs": runs,
+    "replay": replay,
     "plan": plan,
     "sample": sample,
     "tune": tune,
@@ -74,6 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output, `head` for instance, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if options.debug:
             raise

@@ -7,15 +7,19 @@ counts transformer block passes per image. Run again after an interruption, it m
 """
 
 import argparse
+import io
 import math
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fpdm.cli.processes import leave
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.files import check_writable, model_folder, read_json
 from fpdm.names import needs
 
 if TYPE_CHECKING:
+    from fpdm.devices import Processes
     from fpdm.drawing import Choices
     from fpdm.pipeline import FixedPointDiTPipeline
     from fpdm.sampling import Report
@@ -65,17 +69,29 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, num_images: int) -> N
 
 
 def run(options: argparse.Namespace) -> int:
-    report, out = draw(options), Path(options.out)
+    from fpdm.devices import join_processes
+
+    processes = join_processes(options.device)
+    with nullcontext() if processes.main else redirect_stdout(io.StringIO()):
+        report = draw(options, processes)
+    if processes.main:
+        tell(options, report)
+    if processes.count > 1:
+        leave(0)
+    return 0
+
+
+def tell(options: argparse.Namespace, report: "Report") -> None:
+    out = Path(options.out)
     diverged = f"; {report.diverged} of them diverged" if report.diverged else ""
     passes = f"{report.spent:g}" if report.spent == report.planned else f"{report.spent:.1f} of {report.planned}"
     print(f"{options.num_images} images in {out}; {passes} block passes each, {report.seconds:.1f} s{diverged}")
     if options.trace:
         print(f"the trace is in {out / 'trace.png'} and {out / 'steps.webp'}")
-    return 0
 
 
-def draw(options: argparse.Namespace) -> "Report":
-    """Draw what the options ask for into the folder --out; the report of it."""
+def draw(options: argparse.Namespace, processes: "Processes | None" = None) -> "Report":
+    """Draw what the options ask for into the folder --out, on several processes or this one; the report of it."""
     check_counts(options)
     if getattr(options, "trace", False):
         needs("matplotlib", "plots")
@@ -83,13 +99,17 @@ def draw(options: argparse.Namespace) -> "Report":
     check_writable(out)
 
     quiet_libraries()
+    from fpdm.devices import join_processes
     from fpdm.drawing import draw_missing, load_pipeline, write_archive
 
-    pipe = load_pipeline(folder, options.device, options.dtype)
+    processes = processes or join_processes(options.device)
+    pipe = load_pipeline(folder, processes.device, options.dtype)
     choices = choices_of(options, pipe)
     classes = parse_classes(options.classes, pipe.transformer.config.num_classes, pipe.class_names)
     print(f"{choices.plan(pipe)} per image", flush=True)
-    report = draw_missing(pipe, out, options.num_images, classes, options.batch_size, choices)
+    report = draw_missing(pipe, out, options.num_images, classes, options.batch_size, choices, processes=processes)
+    if not processes.main:
+        return report
     if getattr(options, "npz", False):
         write_archive(out, options.num_images, classes)
     if getattr(options, "trace", False):

@@ -10,13 +10,12 @@ the same command goes on.
 """
 
 import argparse
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from fpdm.cli.processes import leave
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.files import check_writable
 from fpdm.recipes import RECIPES, recipe
@@ -60,15 +59,6 @@ def run(options: argparse.Namespace) -> int:
     if trainer.accelerator.num_processes > 1:
         leave(status)
     return status
-
-
-def leave(status: int) -> NoReturn:
-    """End this process without taking the process group down, which can wait for ever (PyTorch 2.13 with gloo): the
-    group's threads need the interpreter to free their last tensors, and the interpreter waits for the threads. All that
-    the run had to write is written by now."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
 
 
 def resolve(options: argparse.Namespace) -> Config:

@@ -73,8 +73,16 @@ class DiffusionLoss:
         """x_t (B, C, H, W) at timesteps `t` (B,) int64."""
         return add_noise(x0, noise, _at(self.alpha_bar, t))
 
-    def __call__(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor) -> Loss:
-        """The loss of a network's `output` (B, C or 2C, H, W) at x_t = noisy(x0, noise, t)."""
+    def noisier(self, x_t: Tensor, t: Tensor, later: Tensor, fresh: Tensor) -> Tensor:
+        """x (B, C, H, W) at timesteps `later` (B,), not before `t` (B,), from x_t by adding `fresh` noise: a draw of
+        q(x_later | x_t), as sampling goes through them the other way."""
+        return add_noise(x_t, fresh, _at(self.alpha_bar, later) / _at(self.alpha_bar, t))
+
+    def __call__(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, teacher: Tensor | None = None) -> Loss:
+        """The loss of a network's `output` (B, C or 2C, H, W) at x_t = noisy(x0, noise, t).
+
+        `teacher`, another output for the same x_t, takes the place of the prediction's target; it gets no gradient.
+        """
         channels = x0.shape[1] * (2 if self.learned_variance else 1)
         if output.shape[1] != channels:  # one channel would broadcast against many
             raise ValueError(
@@ -83,6 +91,8 @@ class DiffusionLoss:
             )
         prediction, variance = output.chunk(2, dim=1) if self.learned_variance else (output, None)
         wanted = target(self.kind, x0, noise, _at(self.alpha_bar, t))
+        if teacher is not None:
+            wanted = teacher[:, : x0.shape[1]].detach().float()
         mse = (prediction.float() - wanted).square().flatten(1).mean(1)
         vlb = torch.zeros_like(mse)
         if variance is not None:

@@ -10,7 +10,7 @@ def images() -> Config:
     decay, EMA 0.9999, N = 10, M = 12), with a batch that one device takes and a short warm-up.
     """
     return Config().with_fields(
-        source="folder",
+        source="auto",
         image_size=64,
         model="S/4",
         flip=True,

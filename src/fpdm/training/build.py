@@ -1,75 +1,164 @@
 """From a config to the objects of a run. Everything that can be refused is refused here, before the first step."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 
-from fpdm.data import ImageFolder, Source, digits, idx_folder
-from fpdm.data.sources import BrokenImage
+from fpdm.data import BrokenImage, ImagePreparation, LatentFolder, LatentPreparation, Source, holds_latents, open_images
+from fpdm.data.encoding import open_autoencoder
+from fpdm.data.stream import Prepare
 from fpdm.diffusion import DiffusionLoss, make_schedule
 from fpdm.files import model_folder
-from fpdm.fixedpoint import Solve, StochasticJacobianFree
-from fpdm.keyed import seed_of
+from fpdm.fixedpoint import Solve
+from fpdm.keyed import generator, seed_of
 from fpdm.models import Denoiser, DiT, FixedPointDiT
 from fpdm.models.presets import preset
 from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.training.config import Config, DataConfig, ModelConfig
+from fpdm.sampling import operations_of
+from fpdm.training.config import Config, DataConfig, GradientConfig, ModelConfig
+from fpdm.training.course import Course, Courses, differentiated, make_courses
+from fpdm.training.validation import split
+from fpdm.weights import digest
 
 FIRST_LOOK = 100  # images tried before a data set counts as unreadable
+# Settings that have an effect only where another has such a value; "!none" is any but that.
+ONLY_WITH = {
+    "damping": ("gradient", "phantom"),
+    "tolerance": ("gradient", "implicit"),
+    "exit_weight": ("exit_loss", "!none"),
+}
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run is made of, on the CPU."""
+    """What a run is made of, on the CPU.
 
+    source, held  the images to train on, and those kept out for validation, if any
+    prepare       makes of what they load what the network takes
+    courses       what steps ask of a fixed point network; None for an explicit one
+    vae           of a model of latents
+    """
+
+    config: Config
     source: Source
+    held: Source | None
+    prepare: Prepare
     model: Denoiser
     schedule: object
     loss: DiffusionLoss
-    gradient: StochasticJacobianFree | None
+    courses: Courses | None
+    vae: AutoencoderKL | None = None
 
-    def solve(self, generator: torch.Generator) -> dict[str, Solve]:
-        """The keyword arguments of this step's calls of the network, iteration counts drawn from `generator`."""
-        return {} if self.gradient is None else {"solve": Solve(gradient=self.gradient.draw(generator))}
+    def course(self, step: int) -> Course | None:
+        """What a step asks of the network; the same on all processes."""
+        return None if self.courses is None else self.courses.draw(generator(self.config.run.seed, "iterations", step))
+
+    def fresh(self) -> Denoiser:
+        """Another network of the same kind."""
+        return build_model(self.config, self.source)
+
+    @property
+    def typical(self) -> int:
+        """Iterations of a step of the training, about: what the validation loss is measured with."""
+        if self.courses is None:
+            return 0
+        draws = [self.courses.draw(generator("typical", i)).solve for i in range(100)]
+        return round(sum(differentiated(solve)[-1] for solve in draws) / len(draws))
+
+    def operations(self, course: Course | None) -> float:
+        """Operations per image of a step, a backward pass counting as two forward ones; without the decoding of an
+        early exit, what checkpointing computes again, and the backward solve of the implicit method."""
+        cost = operations_of(self.model)
+        if course is None:
+            return 3 * cost.fixed
+        some = differentiated(course.solve)
+        warm = 0 if course.warm is None else cost.passes(_limit(course.warm))
+        return 3 * cost.passes(len(some)) + cost.per_iteration * (some[0] - 1) + warm
+
+
+def _limit(solve: Solve) -> int:
+    limit = solve.stopping.limit
+    assert isinstance(limit, int)
+    return limit
 
 
 def build(config: Config) -> Parts:
     """Raises ValueError for data that is not there, sizes that do not fit, settings that contradict each other."""
+    opened = open_source(config.data)
     schedule = make_schedule(
         beta_schedule=config.diffusion.beta_schedule,
         prediction_type=config.diffusion.prediction_type,
         zero_terminal_snr=config.diffusion.zero_terminal_snr,
         learned_variance=config.model.learned_variance,
-        clip_sample=True,  # pixels
+        clip_sample=not isinstance(opened, LatentFolder),
         num_train_timesteps=config.diffusion.num_train_timesteps,
     )
     loss = DiffusionLoss(schedule, config.diffusion.min_snr_gamma)
-    source = open_source(config.data)
+    source: Source
+    source, held = split(opened, config.data.holdout, config.run.seed)
+    prepare = preparation(config.data, opened)
     model = build_model(config, source)
+    vae = open_vae(config.data, opened) if isinstance(opened, LatentFolder) else None
     if config.run.init_from is not None:
-        load_pretrained(model, config.run.init_from, source)
-    gradient = None
-    if isinstance(model, FixedPointDiT):
-        ranges = (0, config.gradient.no_grad_max), (1, config.gradient.with_grad_max)
-        gradient = StochasticJacobianFree(*ranges).for_group(model.config.num_core)
-    return Parts(source, model, schedule, loss, gradient)
+        load_pretrained(model, config.run.init_from, source, vae)
+    if config.gradient.checkpointing:
+        model.enable_gradient_checkpointing()
+    courses = make_courses(config.gradient, model.config.num_core) if isinstance(model, FixedPointDiT) else None
+    return Parts(config, source, held, prepare, model, schedule, loss, courses, vae)
 
 
 def open_source(config: DataConfig) -> Source:
     """The images that a config names. Raises ValueError if there are none that can be read."""
-    if config.source == "digits":
-        return digits()
-    if config.data is None:
-        wanted = "the folder with the four IDX files" if config.source == "idx" else "a folder of images"
-        raise ValueError(f"this recipe needs data: name {wanted} with --data PATH")
-    source = idx_folder(config.data) if config.source == "idx" else ImageFolder(config.data, config.channels)
+    if config.data is None and config.source != "digits":
+        raise ValueError("this recipe needs data: name a folder of images, or what else `fpdm train --help` lists, "
+                         "with --data PATH")  # fmt: skip
+    place = config.data or "digits"
+    latents = config.source == "latents" or (config.source == "auto" and holds_latents(Path(place)))
+    source: Source = LatentFolder(place) if latents else open_images(place, config.channels, kind=config.source)
+    if config.classes is not None and len(source.class_names) != config.classes:
+        raise ValueError(f"{place} has {len(source.class_names)} classes, and this recipe is for {config.classes}")
     for index in range(min(FIRST_LOOK, len(source))):
         try:
             source.load(index)
             return source
         except BrokenImage as error:
             reason = error
-    raise ValueError(f"none of the first {min(FIRST_LOOK, len(source))} images in {config.data} can be read: {reason}")
+    raise ValueError(f"none of the first {min(FIRST_LOOK, len(source))} images in {place} can be read: {reason}")
+
+
+def preparation(config: DataConfig, source: Source) -> Prepare:
+    """What makes of an image what a network takes. Raises ValueError for latents of another size, or not mirrored."""
+    if not isinstance(source, LatentFolder):
+        return ImagePreparation(config.image_size, config.crop, config.flip)
+    if source.shape[1:] != (config.image_size, config.image_size):
+        raise ValueError(f"image_size is {config.image_size}, and the latents in {config.data} are {source.shape[1:]}")
+    if config.flip and not source.mirrored:
+        raise ValueError(
+            f"{config.data} has no mirrored latents: make them with `fpdm latents --flip`, or take --no-flip"
+        )
+    return LatentPreparation(source.autoencoder.scale, source.autoencoder.shift, config.flip)
+
+
+def open_vae(config: DataConfig, source: LatentFolder) -> AutoencoderKL:
+    """The autoencoder of cached latents, which the model folder is to carry.
+
+    Raises ValueError if it is not where the cache says, or another one.
+    """
+    name = config.vae or source.autoencoder.name
+    try:
+        vae, found = open_autoencoder(name)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. The latents in {config.data} were made with it: say where it is with --vae"
+        ) from error
+    if found.digest != source.autoencoder.digest:
+        raise ValueError(
+            f"{name} is another autoencoder than the one that made the latents in {config.data}, "
+            f"{source.autoencoder.name}: name that one with --vae"
+        )
+    return vae.requires_grad_(False)
 
 
 def build_model(config: Config, source: Source) -> Denoiser:
@@ -102,21 +191,38 @@ def check_used(config: Config, source: Source) -> None:
     """Raises ValueError for a setting that would have no effect: it was meant to have one."""
     if config.data.channels != source.channels:
         raise ValueError(f"channels is {config.data.channels}, and these images have {source.channels}")
+    gradient, defaults = config.gradient, GradientConfig()
+    for name, (field, value) in ONLY_WITH.items():
+        if getattr(gradient, name) != getattr(defaults, name) and not matches(getattr(gradient, field), value):
+            raise ValueError(f"{name} has no effect with {field} {getattr(gradient, field)}: leave it out")
     if config.model.network == "fpdm":
         if config.model.depth is not None:
             raise ValueError("depth belongs to an explicit DiT; a fixed point network has num_pre, num_core, num_post")
         return
+    for name in ("gradient", "exit_loss", "warm_share"):
+        if getattr(gradient, name) != getattr(defaults, name):
+            raise ValueError(f"{name} belongs to a fixed point network; an explicit DiT has nothing to iterate")
     for name in ("num_pre", "num_core", "num_post", "time_in_pre_post"):
         if getattr(config.model, name) != getattr(ModelConfig(), name):
             raise ValueError(f"{name} belongs to a fixed point network; an explicit DiT has a depth")
 
 
-def load_pretrained(model: Denoiser, folder: str, source: Source) -> None:
+def matches(value: str, wanted: str) -> bool:
+    return value != wanted[1:] if wanted.startswith("!") else value == wanted
+
+
+def load_pretrained(model: Denoiser, folder: str, source: Source, vae: AutoencoderKL | None) -> None:
     """Copy the weights of a model folder into `model`. Where the classes are others, labels start anew.
 
-    Raises ValueError if the networks differ in anything else, naming the settings.
+    Raises ValueError if the networks differ in anything else, naming the settings, or the autoencoders do.
     """
     pipeline = FixedPointDiTPipeline.from_pretrained(model_folder(folder))
+    if (pipeline.vae is None) != (vae is None) or (vae is not None and digest(pipeline.vae) != digest(vae)):
+        has = "no autoencoder" if pipeline.vae is None else "an autoencoder of its own"
+        raise ValueError(
+            f"the model in {folder} has {has}, so its weights mean something else than these data: take latents of its "
+            "own autoencoder (`fpdm latents --vae`), or leave --init-from out"
+        )
     old = pipeline.transformer
     keys = [key for key in {**old.config, **model.config} if not key.startswith("_") and key != "num_classes"]
     if type(old) is not type(model):

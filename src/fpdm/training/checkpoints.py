@@ -1,8 +1,11 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, written aside and renamed, so that none is ever half there.
 
 checkpoints/step-00001000/weights.safetensors, ema.safetensors, optimizer.safetensors, state.json
+
+state.json is written last and holds the SHA-256 of the others, so that a file that was damaged later is known.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -14,37 +17,39 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fpdm.files import read_json, write_json
+from fpdm.files import read_json, sync_folder, write_json
+from fpdm.training.devices import like, whole
 
 NAME = "step-{:08d}"
-FILES = ("weights.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json")
+TENSORS = ("weights", "ema", "optimizer")
+FILES = (*(f"{name}.safetensors" for name in TENSORS), "state.json")
+Tensors = dict[str, dict[str, Tensor]]
 
 
-def save(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    keep: int,
-) -> None:
+def gathered(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
+    """The tensors of a checkpoint on the CPU, by file and name. All processes must ask, where they are sharded."""
+    named: Tensors = {
+        "weights": dict(model.named_parameters()),
+        "ema": dict(ema.named_parameters()),
+        "optimizer": flatten_optimizer(model, optimizer),
+    }
+    return {file: {name: whole(t.detach()).to("cpu").contiguous() for name, t in some.items()}
+            for file, some in named.items()}  # fmt: skip
+
+
+def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int) -> None:
     """Write the checkpoint of `step` below `folder` and remove all but the last `keep`. Raises OSError if the disk is
     full; earlier checkpoints are as they were."""
 
     def write(aside: Path) -> None:
-        tensors: dict[str, dict[str, Any]] = {
-            "weights": dict(model.named_parameters()),
-            "ema": dict(ema.named_parameters()),
-            "optimizer": flatten_optimizer(model, optimizer),
-        }
         for name, named in tensors.items():
-            save_file(_on_cpu(named), aside / f"{name}.safetensors")
-        write_json(aside / "state.json", {"step": step, **state})
+            save_file(named, aside / f"{name}.safetensors")
+        sums = {path.name: checksum(path) for path in aside.iterdir()}
+        write_json(aside / "state.json", {"step": step, **state, "sha256": sums})
 
     try:
         replace_folder(folder / NAME.format(step), write)
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"the checkpoint of step {step} cannot be written: {error}. Earlier ones are kept") from error
     for old in all_steps(folder)[:-keep]:
         shutil.rmtree(folder / NAME.format(old), ignore_errors=True)
@@ -56,7 +61,11 @@ def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir(parents=True)
-    write(aside)
+    try:
+        write(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)  # on a full disk others need the room
+        raise
     for path in aside.rglob("*"):
         if path.is_file():
             with path.open("rb+") as file:
@@ -64,6 +73,7 @@ def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
     if final.exists():
         final.rename(old)
     aside.rename(final)
+    sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -73,27 +83,40 @@ def all_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in complete)
 
 
-def load_newest(
-    folder: Path, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, say: Callable[[str], Any]
-) -> dict[str, Any] | None:
-    """Restore the newest checkpoint that can be read into the given objects and return its state; None if there are no
-    checkpoints. A damaged one is named through `say`; ValueError if all are damaged."""
-    steps = all_steps(folder)
+def read(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors and the state of one checkpoint. Raises ValueError or OSError if it is damaged."""
+    path = folder / NAME.format(step)
+    state: dict[str, Any] = read_json(path / "state.json")
+    for name, wanted in state.get("sha256", {}).items():  # which earlier versions did not write
+        if checksum(path / name) != wanted:
+            raise ValueError(f"{name} is not what was written")
+    try:
+        return {name: load_file(path / f"{name}.safetensors") for name in TENSORS}, state
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def newest(folder: Path, say: Callable[[str], Any], most: int | None = None) -> tuple[Tensors, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, of at most step `most`; None if there are none. A damaged one is named
+    through `say`; ValueError if all are damaged."""
+    steps = [step for step in all_steps(folder) if most is None or step <= most]
     for step in reversed(steps):
-        path = folder / NAME.format(step)
         try:
-            weights, average, moments = (load_file(path / name) for name in FILES[:3])
-            state: dict[str, Any] = read_json(path / FILES[3])
-        except (SafetensorError, OSError, ValueError) as error:
-            say(f"{path} is damaged ({error}): going back to the one before")
-            continue
-        _fill(dict(model.named_parameters()), weights)
-        _fill(dict(ema.named_parameters()), average)
-        restore_optimizer(model, optimizer, moments)
-        return state
+            return read(folder, step)
+        except (OSError, ValueError) as error:
+            say(f"{folder / NAME.format(step)} is damaged ({error}): going back to the one before")
     if steps:
         raise ValueError(f"none of the checkpoints in {folder} can be read: remove the folder to start anew")
     return None
+
+
+@torch.no_grad()
+def restore(tensors: Tensors, model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Fill the given objects with the tensors of a checkpoint."""
+    for name, network in (("weights", model), ("ema", ema)):
+        for key, parameter in network.named_parameters():
+            parameter.copy_(like(tensors[name][key], parameter))
+    restore_optimizer(model, optimizer, tensors["optimizer"])
 
 
 def flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -109,16 +132,13 @@ def flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> None:
     """The inverse of `flatten_optimizer`. A fused AdamW keeps its step counts beside the parameters, too."""
     parameters = dict(model.named_parameters())
+    optimizer.state.clear()
     for key, value in flat.items():
         name, part = key.rsplit("/", 1)
-        optimizer.state[parameters[name]][part] = value.to(parameters[name].device)
+        # A clone: on the CPU it would be the checkpoint's own tensor, which may be a view of the file.
+        optimizer.state[parameters[name]][part] = like(value, parameters[name]).clone()
 
 
-@torch.no_grad()
-def _fill(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
-
-
-def _on_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+def checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,12 +3,15 @@
 Field names are unique over all groups: the command line sets each by its own flag.
 """
 
-import dataclasses
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from fpdm.names import unknown
+
+SOURCES = ("auto", "digits", "folder", "idx", "npz", "datasets", "shards", "latents")
+GRADIENTS = ("sjfb", "jfb", "multistep", "phantom", "implicit", "unroll")
+TRACKERS = ("none", "tensorboard", "wandb")
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
@@ -33,14 +36,17 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    source: str = option("folder", "kind of data", choices=("digits", "folder", "idx"))
-    data: str | None = option(None, "folder of images, or of IDX files")
-    image_size: int = option(32, "side of the images in pixels", least=1)
-    channels: int = option(3, "1 for grey, 3 for RGB (image folders)", choices=(1, 3))
+    source: str = option("folder", "kind of data", choices=SOURCES)
+    data: str | None = option(None, "folder of images, IDX files, shards or latents, .npz file, URLs, hub:NAME")
+    classes: int | None = option(None, "classes that the data must have; none takes what it has", least=0)
+    image_size: int = option(32, "side of the images in pixels (or latents)", least=1)
+    channels: int = option(3, "1 for grey, 3 for RGB; 4 or more for latents", least=1)
+    vae: str | None = option(None, "autoencoder of latents: folder or hub name; none takes the one that made them")
     crop: str = option("center", "how images become square", choices=("center", "random"))
     flip: bool = option(False, "mirror half of the images")
     conditional: bool = option(True, "learn the classes, where the data has any")
     class_dropout: float = option(0.1, "share of images trained without class, for guidance", least=0, most=1)
+    holdout: int = option(0, "images that are kept out of training, for the validation loss", least=0)
     workers: int = option(0, "processes that read images", least=0)
 
 
@@ -55,8 +61,17 @@ class DiffusionConfig:
 
 @dataclass(frozen=True)
 class GradientConfig:
-    no_grad_max: int = option(10, "S-JFB: most iterations without gradient (N)", least=0)
-    with_grad_max: int = option(12, "S-JFB: most iterations with gradient (M)", least=1)
+    gradient: str = option("sjfb", "gradient through the fixed point", choices=GRADIENTS)
+    no_grad_max: int = option(10, "iterations without gradient: sjfb draws up to N, the others make N", least=0)
+    with_grad_max: int = option(12, "iterations with gradient: sjfb draws up to M, the others make M", least=1)
+    damping: float = option(0.5, "phantom: share of f(z) in a step with gradient", least=0, most=1)
+    tolerance: float = option(1e-3, "implicit: relative residual of both passes, which make 30 iterations at most")
+    exit_loss: str = option("none", "what a random earlier iterate is trained on", choices=("none", "target", "final"))
+    exit_weight: float = option(1.0, "weight of the loss of that iterate", least=0)
+    warm_share: float = option(
+        0.0, "share of steps that start from the solution of a noisier timestep", least=0, most=1
+    )
+    checkpointing: bool = option(False, "recompute blocks in the backward pass instead of storing what they need")
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,7 @@ class OptimizerConfig:
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
     beta2: float = option(0.999, "AdamW's second decay rate", least=0, most=1)
     grad_clip: float = option(1.0, "largest norm of the gradient, 0 for any", least=0)
+    skips: int = option(5, "steps in a row without a usable gradient after which training has diverged", least=1)
     ema: float = option(0.9999, "decay of the weights' moving average; rises to this from 0.1", least=0, most=1)
 
 
@@ -78,13 +94,22 @@ class RunConfig:
     seed: int = option(0, "seed of everything random")
     device: str = option("auto", "where to train", choices=("auto", "cpu", "cuda", "mps"))
     mixed_precision: str = option("no", "bf16 where the device is good at it", choices=("no", "bf16"))
+    tf32: bool = option(True, "matrix products of float32 in TF32, where the device has it")
+    compile: bool = option(False, "compile the blocks (torch.compile)")
+    sharding: str = option("none", "share parameters and optimiser over processes (FSDP2)", choices=("none", "fsdp"))
     init_from: str | None = option(None, "model folder (or hub name) to fine-tune")
     log_every: int = option(50, "steps between lines of the log", least=1)
     sample_every: int = option(1000, "steps between sample grids", least=1)
     sample_budget: int = option(160, "block passes per image of the sample grids", least=1)
+    validate_every: int = option(1000, "steps between looks at the validation loss and the residuals", least=1)
     checkpoint_every: int = option(1000, "steps between checkpoints", least=1)
     keep_checkpoints: int = option(2, "checkpoints to keep", least=1)
-    tracker: str = option("none", "where to follow the run besides log.jsonl", choices=("none", "tensorboard"))
+    on_divergence: str = option(
+        "stop", "or back to the last checkpoint, at half the rate", choices=("stop", "rollback")
+    )
+    on_full_disk: str = option("stop", "or go on without that checkpoint", choices=("stop", "continue"))
+    time_limit: float | None = option(None, "minutes after which the queue ends the job: save and stop before", least=1)
+    tracker: str = option("none", "where to follow the run besides log.jsonl", choices=TRACKERS)
 
 
 @dataclass(frozen=True)
@@ -109,6 +134,12 @@ class Config:
         config.check()
         return config
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """The config that `to_dict` gave; fields that it does not have are as by default."""
+        known = {name: values[group][name] for group, name in field_names() if name in values.get(group, {})}
+        return cls().with_fields(**known)
+
     def check(self) -> None:
         """Raises ValueError for a value out of range or of the wrong kind, naming the field."""
         for group, name in field_names():
@@ -121,8 +152,9 @@ class Config:
 # What may differ between the parts of one run: how long, how often and where, but not what is learned from what.
 # `data` is a path; the images themselves are compared by fingerprint.
 CHANGEABLE = {
-    "steps", "log_every", "sample_every", "sample_budget", "checkpoint_every", "keep_checkpoints", "workers", "device",
-    "tracker", "data",
+    "steps", "log_every", "sample_every", "sample_budget", "validate_every", "checkpoint_every", "keep_checkpoints",
+    "workers", "device", "tracker", "data", "source", "vae", "checkpointing", "tf32", "compile", "sharding",
+    "on_divergence", "on_full_disk", "time_limit",
 }  # fmt: skip
 
 
@@ -159,9 +191,11 @@ def value_type(cls: type, name: str) -> type:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields whose change makes another run: name -> (before, now)."""
+    """Fields whose change makes another run: name -> (before, now). One that an older version did not have was what
+    it is by default."""
     return {
-        name: (old.get(group, {}).get(name, dataclasses.MISSING), new[group][name])
+        name: (was, new[group][name])
         for group, name in field_names()
-        if name not in CHANGEABLE and old.get(group, {}).get(name) != new[group][name]
+        if name not in CHANGEABLE
+        and (was := old.get(group, {}).get(name, getattr(groups()[group](), name))) != new[group][name]
     }

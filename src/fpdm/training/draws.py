@@ -1,5 +1,6 @@
 """What is random in a training step, keyed so that it does not depend on devices, parts or resumption."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -7,24 +8,49 @@ from torch import Tensor
 
 from fpdm.keyed import generator
 
+FEW, MANY = 6, 100  # timesteps of the samplings whose steps a warm start imitates
+
 
 @dataclass(frozen=True)
 class Draws:
-    """noise (B, C, H, W) float32, timesteps (B,) int64, dropped (B,) bool: whose class is withheld."""
+    """Of the images of a micro-batch, B of them.
+
+    noise      (B, C, H, W) float32
+    timesteps  (B,) int64
+    dropped    (B,) bool: whose class is withheld
+
+    and for a warm start
+
+    later      (B,) int64, the noisier timestep, as far on as in samplings with 6 to 100 timesteps
+    fresh      (B, C, H, W) float32, the noise that is added to get there; never `noise`, of which two shares would
+               give the image away
+    """
 
     noise: Tensor
     timesteps: Tensor
     dropped: Tensor
+    later: Tensor | None = None
+    fresh: Tensor | None = None
 
 
 def draw(
-    seed: int, step: int, slots: list[int], shape: tuple[int, ...], num_timesteps: int, class_dropout: float
+    seed: int,
+    step: int,
+    slots: list[int],
+    shape: tuple[int, ...],
+    num_timesteps: int,
+    class_dropout: float,
+    warm: bool = False,
 ) -> Draws:
     """The draws of the given slots of a step's batch; `shape` is an image's (C, H, W)."""
-    noise, timesteps, dropped = [], [], []
+    rows = []
     for slot in slots:
         g = generator(seed, "sample", step, slot)
-        timesteps.append(torch.randint(num_timesteps, (), generator=g))
-        dropped.append(torch.rand((), generator=g) < class_dropout)
-        noise.append(torch.randn(shape, generator=g))
-    return Draws(torch.stack(noise), torch.stack(timesteps), torch.stack(dropped))
+        t = torch.randint(num_timesteps, (), generator=g)
+        dropped = torch.rand((), generator=g) < class_dropout
+        row = [torch.randn(shape, generator=g), t, dropped]
+        if warm:
+            spacing = num_timesteps / FEW * math.exp(-float(torch.rand((), generator=g)) * math.log(MANY / FEW))
+            row += [(t + round(spacing)).clamp_max(num_timesteps - 1), torch.randn(shape, generator=g)]
+        rows.append(row)
+    return Draws(*(torch.stack(column) for column in zip(*rows, strict=True)))

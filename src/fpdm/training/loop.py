@@ -1,44 +1,42 @@
 """The training loop.
 
 A step is a function of (config, step number): what it trains on, adds, drops and iterates is keyed. So the state of a
-run is its weights, their average, the optimiser's moments, and the sums that the next line of the log will report.
+run is its weights, their average, the optimiser's moments, what is known of the gradients' norms, and the sums that the
+next line of the log will report.
 """
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, gather_object
+from torch import Tensor
 from tqdm import tqdm
 
-from fpdm.data import Batch, ImagePreparation, Slots, Stream, loader
-from fpdm.devices import pick_device
-from fpdm.files import read_json, write_json
-from fpdm.imaging import grid
-from fpdm.keyed import generator
-from fpdm.models import Denoiser, FixedPointDiT
-from fpdm.names import needs
-from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.training import checkpoints
+from fpdm.data import Batch, Slots, Stream, loader
+from fpdm.machine import matrix_rate
 from fpdm.training.build import Parts, build
 from fpdm.training.config import Config
-from fpdm.training.draws import draw
+from fpdm.training.course import Course
+from fpdm.training.devices import clip, compile_blocks, gradients_shared, make_accelerator, shard
+from fpdm.training.draws import Draws, draw
 from fpdm.training.ema import Ema
+from fpdm.training.guard import Diverged, Guard
 from fpdm.training.interrupt import Interrupt, deferred_interrupts
-from fpdm.training.rundir import RunDir
+from fpdm.training.meters import Meters
+from fpdm.training.rundir import RunDir, check_space
+from fpdm.training.saving import Saver
+from fpdm.training.validation import Validation
 
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-METERS = ("loss", "mse", "vlb", "grad_norm")
+METERS = ("loss", "mse", "vlb", "exit", "grad_norm")
 STATUS_EVERY = 10  # steps between looks, over all processes, at whether one was asked to stop
-GRID_IMAGES = 40
-TRAINING = "training.json"  # in the pipeline folder: the step and config it comes from
+MOST_ROLLBACKS = 3
+LAST_MINUTE = 60.0  # seconds before a time limit, in which a run saves and stops
 
 
 class Trainer:
@@ -46,8 +44,9 @@ class Trainer:
     in any state: new, stopped or finished."""
 
     def __init__(self, config: Config, path: str | Path):
-        self.config = config
+        self.config, self.started = config, time.monotonic()
         self.parts: Parts = build(config)
+        self.kind = type(self.parts.model).__name__  # sharding changes its class
         self.accelerator = make_accelerator(config, Path(path))
         self._slots(0)  # refuses a batch that cannot be shared out
         self.dir = RunDir(path, config, self.parts.source.fingerprint)
@@ -57,97 +56,157 @@ class Trainer:
             self.dir.create()
         self.accelerator.wait_for_everyone()
 
-        device = self.accelerator.device
+        device, run = self.accelerator.device, config.run
         self.parts.loss.to(device)
-        self.net: Denoiser = self.parts.model.to(device).train()
+        if self.parts.vae is not None:
+            self.parts.vae.to(device)
+        self.net = self.parts.model.to(device).train()
         self.ema = Ema(self.net, config.optimizer.ema)
-        optimizer = torch.optim.AdamW(
+        if run.compile:
+            compile_blocks(self.net)
+        if run.sharding == "fsdp":
+            shard(self.net)
+            shard(self.ema.model)
+        optimizer = config.optimizer
+        self.optimizer = torch.optim.AdamW(
             self.net.parameters(),
-            lr=config.optimizer.lr,
-            betas=(0.9, config.optimizer.beta2),
-            weight_decay=config.optimizer.weight_decay,
+            lr=optimizer.lr,
+            betas=(0.9, optimizer.beta2),
+            weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        self.model, self.optimizer = self.accelerator.prepare(self.net, optimizer)
+        self.model = self.net if run.sharding == "fsdp" else self.accelerator.prepare(self.net)
         self.step = 0
-        self.sums, self.summed = torch.zeros(len(METERS), device=device), 0  # of the steps since the last line logged
+        self.meters, self.guard = Meters(METERS, device), Guard(device)
+        self.rollbacks = 0
+        self.operations = 0.0  # of this process's steps since the last line of the log
         self.broken: list[str] = []
+        self.saver = Saver(self)
 
     def summary(self) -> str:
         """What is about to be trained on what, in two lines."""
         source, optimizer, side = self.parts.source, self.config.optimizer, self.config.data.image_size
         parameters = sum(p.numel() for p in self.net.parameters())
         classes = self.net.config.num_classes
+        held = f" and {len(self.parts.held):,} for validation" if self.parts.held else ""
         return (
-            f"{type(self.net).__name__}, {parameters / 1e6:.2f} M parameters, on {len(source):,} images of "
-            f"{side} x {side} x {source.channels}, {f'{classes} classes' if classes else 'no classes'}\n"
+            f"{self.kind}, {parameters / 1e6:.2f} M parameters, on {len(source):,} images of "
+            f"{side} x {side} x {source.channels}, {f'{classes} classes' if classes else 'no classes'}{held}\n"
             f"{optimizer.steps:,} steps of {optimizer.batch_size} images on {self.accelerator.device}, "
             f"in {self.dir.path}"
         )
 
     def run(self) -> str:
-        """Train. Returns "finished", "interrupted", or "already finished" if there was nothing to do."""
-        self._restore()
+        """Train. Returns "finished", "interrupted", or "already finished" if there was nothing to do.
+
+        Raises FloatingPointError if training diverges (and rolling back is not asked for, or does not help), ValueError
+        for data of which nothing can be read, OSError for a disk that is full.
+        """
+        self.saver.restore()
         last = self.config.optimizer.steps
         if self.step >= last:
-            if self._exported_step() != self.step:
-                self._export()
+            if self.saver.exported_step() != self.step:
+                self.saver.export()
             return "already finished"
         with deferred_interrupts() as interrupt, self._tracker(), self._bar() as bar:
-            asked = self._train(interrupt, bar)
+            asked = self._train_on(interrupt, bar)
             if self.step % self.config.run.checkpoint_every:
-                self._save()
-            self._export()
-            self.broken = self._all_broken()  # while there are other processes to ask
+                self.saver.save()
+            self.saver.export()
+            self.broken = self.saver.all_broken()  # while there are other processes to ask
         return "interrupted" if asked and self.step < last else "finished"
+
+    def _train_on(self, interrupt: Interrupt, bar: tqdm) -> bool:
+        """Train, after a divergence from the last checkpoint if that is asked for; whether it was interrupted."""
+        while True:
+            try:
+                return self._train(interrupt, bar)
+            except Diverged as error:
+                count = self.rollbacks + 1
+                if self.config.run.on_divergence == "stop" or count > MOST_ROLLBACKS or not self.saver.steps():
+                    raise
+                self.accelerator.print(f"\n{error.what}. Going back, with {0.5**count:g} of the learning rate")
+                self.saver.restore()
+                self.rollbacks = count
+                bar.n = self.step
+                bar.refresh()
 
     def _train(self, interrupt: Interrupt, bar: tqdm) -> bool:
         """Steps until the last one or until asked to stop; whether it was asked."""
-        run, began, first = self.config.run, time.perf_counter(), self.step
+        run, clock = self.config.run, Clock(self.step)
         stream = Stream(
-            self.parts.source,
-            ImagePreparation(self.config.data.image_size, self.config.data.crop, self.config.data.flip),
-            batch_size=self.config.optimizer.batch_size,
-            seed=run.seed,
+            self.parts.source, self.parts.prepare, batch_size=self.config.optimizer.batch_size, seed=run.seed
         )
         slots = self._slots(self.step)
         batches = iter(loader(stream, slots, self.config.data.workers, self.accelerator.device.type == "cuda"))
         for _ in slots.steps:
             self._one_step([next(batches) for _ in range(slots.parts)])
             self.step += 1
-            self.summed += 1
             bar.update()
+            if self.step % STATUS_EVERY == 0 or self.step % run.checkpoint_every == 0 or self.step == slots.steps.stop:
+                self._check_divergence()
             if self.step % run.log_every == 0:
-                self._log(bar, time.perf_counter() - began, self.step - first)
+                self._log(bar, clock)
+            if self.step % run.validate_every == 0:
+                self._look()
             if self.step % run.sample_every == 0:
-                self._save_grid()
+                self.saver.save_grid()
             if self.step % run.checkpoint_every == 0:
-                self._save()
+                self.saver.save()
             if self._asked_to_stop(interrupt):
                 return True
         return False
 
     def _one_step(self, batches: list[Batch]) -> None:
-        rate = learning_rate(self.config, self.step)
+        rate = learning_rate(self.config, self.step) * 0.5**self.rollbacks
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # Drawn once per step and alike on all processes, so that all do the same work.
-        solve = self.parts.solve(generator(self.config.run.seed, "iterations", self.step))
+        course = self.parts.course(self.step)
+        values: dict[str, Tensor] = {}
         for i, batch in enumerate(batches):
             assert batch.step == self.step, f"a batch of step {batch.step} came at step {self.step}"
             if batch.failure is not None:
                 raise ValueError(batch.failure)
             self.broken += [name for name in batch.broken if name not in self.broken]
-            ready = i == len(batches) - 1
-            with nullcontext() if ready else self.accelerator.no_sync(self.model):
-                self._backward(batch, solve, 1 / len(batches))
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optimizer.grad_clip or math.inf)
-        self.sums[METERS.index("grad_norm")] += norm
+            with self._sharing(i == len(batches) - 1):
+                for name, value in self._backward(batch, course).items():
+                    values[name] = values.get(name, 0) + value / len(batches)
+            self.operations += self.parts.operations(course) * len(batch.slots)
+        norm = clip(self.net.parameters(), self.config.optimizer.grad_clip)
+        useless = self.guard.judge(norm, self.step)
+        self.optimizer.found_inf = useless  # type: ignore[attr-defined]
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.meters.add({**values, "grad_norm": norm}, 1 - useless)
         self.ema.update(self.net, self.step + 1)
 
-    def _backward(self, batch: Batch, solve: dict[str, Any], share: float) -> None:
+    def _backward(self, batch: Batch, course: Course | None) -> dict[str, Tensor]:
+        """The gradient of a micro-batch, and the means of its losses."""
+        config, parts, device = self.config, self.parts, self.accelerator.device
+        chance, (x0, noise, t, labels) = self._inputs(batch, course)
+        x_t, weight = parts.loss.noisy(x0, noise, t), config.gradient.exit_weight
+        with self.accelerator.autocast():
+            solving = {} if course is None else {"solve": course.solve}
+            if course is not None and course.warm is not None:
+                assert chance.later is not None
+                assert chance.fresh is not None
+                later = chance.later.to(device)
+                x_later = parts.loss.noisier(x_t, t, later, chance.fresh.to(device))
+                with torch.no_grad():
+                    solving["init"] = self.model(x_later, later, labels, solve=course.warm).solution.value
+            output = self.model(x_t, t, labels, **solving)
+        loss = parts.loss(output.sample.float(), x0, noise, t)
+        total, found = loss.total.mean(), {"mse": loss.mse.mean(), "vlb": loss.vlb.mean()}
+        teacher = output.sample if config.gradient.exit_loss == "final" else None
+        for early in output.exits.values():
+            exit = parts.loss(early.float(), x0, noise, t, teacher).total.mean()
+            total, found["exit"] = total + weight * exit, exit.detach()
+        self.accelerator.backward(total / config.optimizer.accumulation)
+        return {"loss": total.detach(), **found}
+
+    def _inputs(self, batch: Batch, course: Course | None) -> tuple[Draws, tuple[Tensor, ...]]:
+        """The draws of a micro-batch; its images, noise, timesteps and labels on the device."""
         config, device = self.config, self.accelerator.device
         chance = draw(
             config.run.seed,
@@ -156,17 +215,18 @@ class Trainer:
             tuple(batch.images.shape[1:]),
             self.parts.loss.num_timesteps,
             config.data.class_dropout,
+            warm=course is not None and course.warm is not None,
         )
-        x0, noise = batch.images.to(device, non_blocking=True), chance.noise.to(device, non_blocking=True)
         labels = batch.labels.masked_fill(chance.dropped, self.net.null_class)
         if self.net.config.num_classes == 0:
             labels = torch.zeros_like(labels)
-        t = chance.timesteps.to(device)
-        output = self.model(self.parts.loss.noisy(x0, noise, t), t, labels.to(device), **solve)
-        loss = self.parts.loss(output.sample.float(), x0, noise, t)
-        self.accelerator.backward(loss.total.mean() * share)
-        terms = torch.stack([loss.total.detach().mean(), loss.mse.mean(), loss.vlb.mean()])
-        self.sums[: len(terms)] += terms * share
+        whole = (batch.images, chance.noise, chance.timesteps, labels)
+        return chance, tuple(value.to(device, non_blocking=True) for value in whole)
+
+    def _sharing(self, now: bool) -> AbstractContextManager[Any]:
+        """Whether the backward pass within shares its gradients with the other processes."""
+        gradients_shared(self.net, now)
+        return nullcontext() if now or self.model is self.net else self.accelerator.no_sync(self.model)
 
     def _slots(self, first: int) -> Slots:
         optimizer, processes = self.config.optimizer, self.accelerator
@@ -180,98 +240,74 @@ class Trainer:
         )
 
     def _asked_to_stop(self, interrupt: Interrupt) -> bool:
+        limit = self.config.run.time_limit
+        late = limit is not None and time.monotonic() - self.started > limit * 60 - LAST_MINUTE
         if self.accelerator.num_processes == 1:
-            return interrupt.asked
+            return interrupt.asked or late
         if self.step % STATUS_EVERY:
             return False
-        flag = torch.tensor(float(interrupt.asked), device=self.accelerator.device)
+        flag = torch.tensor(float(interrupt.asked or late), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
-    # --- what is written -------------------------------------------------------------------------------------------
+    def _check_divergence(self) -> None:
+        """Raises Diverged after too many steps in a row whose gradient was of no use."""
+        in_a_row, first = self.guard.run_of_bad_steps()
+        if in_a_row >= self.config.optimizer.skips:
+            timesteps = sorted(self._timesteps(first))
+            raise Diverged(in_a_row, first, timesteps, self.dir.path)
 
-    def _log(self, bar: tqdm, seconds: float, steps: int) -> None:
-        values = dict(zip(METERS, (self._sums() / self.summed).tolist(), strict=True))
-        self.sums.zero_()
-        self.summed = 0
+    def _timesteps(self, step: int) -> list[int]:
+        """The timesteps of a step's whole batch."""
+        slots = list(range(self.config.optimizer.batch_size))
+        return draw(self.config.run.seed, step, slots, (1,), self.parts.loss.num_timesteps, 0.0).timesteps.tolist()
+
+    # --- what is told ----------------------------------------------------------------------------------------------
+
+    def _log(self, bar: tqdm, clock: "Clock") -> None:
+        sums: Tensor = self.accelerator.reduce(self.meters.sums, "mean")
+        values = self.meters.means(sums)
+        self.meters.sums.zero_()
+        steps, seconds = clock.lap(self.step)
         rate = steps * self.config.optimizer.batch_size / seconds
         entry = {
             "step": self.step,
             **values,
-            "lr": learning_rate(self.config, self.step - 1),
-            "broken_images": len(self._all_broken()),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "skipped_steps": self.guard.skipped(),
+            "broken_images": len(self.saver.all_broken()),
             "images_per_second": round(rate, 1),
-            "seconds": round(seconds, 2),
+            "steps_per_second": round(steps / seconds, 3),
+            "share_of_matrix_rate": round(self.operations / seconds / self._matrix_rate, 3),
+            "seconds": round(clock.total, 2),
         }
-        bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
-        if self.accelerator.is_main_process:
-            self.dir.append_log(entry)
-        numbers = {key: value for key, value in entry.items() if key not in ("step", "seconds")}
-        self.accelerator.log(numbers, step=self.step)
+        self.operations = 0.0
+        if "loss" in values:
+            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
+        self.saver.append_log(entry)
 
-    def _sums(self) -> torch.Tensor:
-        """The sums over all processes. Raises FloatingPointError if one is not finite: such weights are not saved."""
-        sums: torch.Tensor = self.accelerator.reduce(self.sums, "mean")
-        if not sums.isfinite().all():
-            raise FloatingPointError(
-                f"the loss is not finite at step {self.step}. What was saved before is as it was. Start anew under "
-                "another --name with a lower --lr, a longer --warmup, a smaller --grad-clip or --mixed-precision no"
-            )
-        return sums
+    @cached_property
+    def _matrix_rate(self) -> float:
+        """Operations per second of this device's own matrix product, of the network's width."""
+        dtype = torch.bfloat16 if self.config.run.mixed_precision == "bf16" else torch.float32
+        tokens = (self.net.config.sample_size // self.net.config.patch_size) ** 2
+        return matrix_rate(self.accelerator.device, dtype, tokens * self._slots(0).size, self.net.config.hidden_size)
 
-    def _save_grid(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        pipe = self._pipeline()
-        count, classes = GRID_IMAGES, self.net.config.num_classes
-        labels = [i % classes for i in range(count)] if classes else None
-        pipe.set_progress_bar_config(disable=True)
-        budget = max(self.config.run.sample_budget, pipe.plan(num_steps=1).planned)
-        images = pipe(labels, count, budget=budget, seed=self.config.run.seed).images
-        grid(images, columns=10).save(self.dir.samples / f"step-{self.step:08d}.png")
+    @cached_property
+    def _validation(self) -> Validation:
+        parts = self.parts
+        return Validation(parts.source, parts.held, parts.prepare, parts.loss, self.config.run.seed, parts.typical)
 
-    def _save(self) -> None:
-        state = {"sums": self._sums().tolist(), "summed": self.summed, "broken": self._all_broken()}
-        if self.accelerator.is_main_process:
-            optimizer = self.optimizer.optimizer
-            keep = self.config.run.keep_checkpoints
-            checkpoints.save(self.dir.checkpoints, self.step, self.net, self.ema.model, optimizer, state, keep)
+    def _look(self) -> None:
+        model = self.saver.averaged()
+        if model is not None and self.accelerator.is_main_process:
+            look = self._validation.look(model, self.config.optimizer.batch_size, self.accelerator.device)
+            if look.buckets or look.residuals:
+                self.saver.append_log({"step": self.step, "validation": look.to_dict()})
         self.accelerator.wait_for_everyone()
-
-    def _restore(self) -> None:
-        optimizer, say = self.optimizer.optimizer, self.accelerator.print
-        state = checkpoints.load_newest(self.dir.checkpoints, self.net, self.ema.model, optimizer, say)
-        if state is not None:
-            self.step, self.summed, self.broken = state["step"], state["summed"], state["broken"]
-            self.sums.copy_(torch.tensor(state["sums"]))
-        if self.accelerator.is_main_process:
-            self.dir.cut_log(self.step)
-
-    def _export(self) -> None:
-        """The averaged weights as a pipeline folder, with a note of what it was made from."""
-
-        def write(folder: Path) -> None:
-            self._pipeline().save_pretrained(folder)
-            write_json(folder / TRAINING, {"step": self.step, **self.config.to_dict()})
-
-        if self.accelerator.is_main_process:
-            checkpoints.replace_folder(self.dir.pipeline, write)
-        self.accelerator.wait_for_everyone()
-
-    def _exported_step(self) -> int | None:
-        note = self.dir.pipeline / TRAINING
-        return read_json(note)["step"] if note.is_file() else None
-
-    def _all_broken(self) -> list[str]:
-        """The unreadable images that any process has met."""
-        return sorted(set(gather_object(self.broken)))
-
-    def _pipeline(self) -> FixedPointDiTPipeline:
-        names = self.parts.source.class_names if self.net.config.num_classes else None
-        return FixedPointDiTPipeline(cast(FixedPointDiT, self.ema.model), self.parts.schedule, class_names=names)
 
     @contextmanager
     def _tracker(self) -> Iterator[None]:
-        self.accelerator.init_trackers("tensorboard")
+        self.accelerator.init_trackers("fpdm" if self.config.run.tracker == "wandb" else "tensorboard")
         try:
             yield
         finally:
@@ -289,6 +325,25 @@ class Trainer:
         )
 
 
+class Clock:
+    """Seconds since training began, and steps since the last lap."""
+
+    def __init__(self, step: int):
+        self.began = self.last = time.perf_counter()
+        self.step = step
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self.began
+
+    def lap(self, step: int) -> tuple[int, float]:
+        """Steps and seconds since the last lap."""
+        now = time.perf_counter()
+        steps, seconds = step - self.step, max(1e-9, now - self.last)
+        self.step, self.last = step, now
+        return steps, seconds
+
+
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of the step after `step` are done: linear warm-up, then constant or half a cosine down to 0."""
     optimizer = config.optimizer
@@ -298,29 +353,3 @@ def learning_rate(config: Config, step: int) -> float:
         return optimizer.lr
     done = (step - optimizer.warmup) / max(1, optimizer.steps - optimizer.warmup)
     return optimizer.lr * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def make_accelerator(config: Config, folder: Path) -> Accelerator:
-    """accelerate's view of the devices. Raises ValueError for a device that is not there."""
-    cpu = pick_device(config.run.device) == "cpu"
-    tracker = None if config.run.tracker == "none" else config.run.tracker
-    if tracker is not None:
-        needs("tensorboard", "tensorboard")  # accelerate would go on without it, in silence
-    precision = config.run.mixed_precision
-    accelerator = Accelerator(cpu=cpu, mixed_precision=precision, log_with=tracker, project_dir=folder)
-    if accelerator.distributed_type not in SUPPORTED:
-        raise ValueError(f"{accelerator.distributed_type} is not supported: launch on one device, or with plain DDP")
-    return accelerator
-
-
-def check_space(folder: Path, model: Denoiser, checkpoints: int) -> None:
-    """Raises OSError if the disk has no room for the checkpoints and the model. A checkpoint holds weights, average and
-    AdamW's two moments in float32; one more than are kept is there for a moment."""
-    needed = 4 * sum(p.numel() for p in model.parameters()) * (4 * (checkpoints + 1) + 2)
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise OSError(
-            f"{there} has {free / 1e6:.0f} MB free; {checkpoints} checkpoints and the model need "
-            f"{needed / 1e6:.0f} MB: make room, choose another --runs-dir, or keep fewer with --keep-checkpoints"
-        )

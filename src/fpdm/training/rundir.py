@@ -4,8 +4,11 @@ runs/NAME/config.json, log.jsonl, checkpoints/, samples/, pipeline/
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from fpdm.files import hold, is_free, read_json, write_aside, write_json
 from fpdm.training.config import Config, differences
@@ -69,3 +72,16 @@ class RunDir:
     def append_log(self, entry: dict[str, Any]) -> None:
         with self.log.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def check_space(folder: Path, model: nn.Module, checkpoints: int) -> None:
+    """Raises OSError if the disk has no room for the checkpoints and the model. A checkpoint holds weights, average and
+    AdamW's two moments in float32; one more than are kept is there for a moment."""
+    needed = 4 * sum(p.numel() for p in model.parameters()) * (4 * (checkpoints + 1) + 2)
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(
+            f"{there} has {free / 1e6:.0f} MB free; {checkpoints} checkpoints and the model need "
+            f"{needed / 1e6:.0f} MB: make room, choose another --runs-dir, or keep fewer with --keep-checkpoints"
+        )

@@ -1,0 +1,105 @@
+"""Which devices a run uses and how: processes, precision, compilation, sharding."""
+
+import math
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from fpdm.devices import pick_device
+from fpdm.models import Denoiser, DiT
+from fpdm.models.layers import Block
+from fpdm.names import needs
+from fpdm.training.config import Config
+
+SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+
+
+def make_accelerator(config: Config, folder: Path) -> Accelerator:
+    """accelerate's view of the devices.
+
+    Raises ValueError for a device that is not there, a launch that is not plain, or one whose processes are not in use.
+    """
+    run = config.run
+    tracker = None if run.tracker == "none" else run.tracker
+    if tracker is not None:
+        needs(tracker, tracker)  # accelerate would go on without it, in silence
+    cpu = pick_device(run.device) == "cpu"
+    accelerator = Accelerator(cpu=cpu, mixed_precision=run.mixed_precision, log_with=tracker, project_dir=folder)
+    kind, processes = accelerator.distributed_type, accelerator.num_processes
+    if kind not in SUPPORTED:
+        raise ValueError(
+            f"a launch with {kind} is not supported: launch plainly on one device or several, and share parameters "
+            "over them with --sharding fsdp"
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != processes:
+        raise ValueError(
+            f"{launched} processes were launched and this one would train with {processes}: each would make the same "
+            "run. Launch with `accelerate launch -m fpdm` or `torchrun -m fpdm`, or unset WORLD_SIZE"
+        )
+    if run.sharding == "fsdp" and processes == 1:
+        raise ValueError(
+            "--sharding fsdp shares parameters over processes, and there is one: launch several, or leave it"
+        )
+    if run.tf32 and accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return accelerator
+
+
+def compile_blocks(model: Denoiser) -> None:
+    """Compile every block of a network in place; names of weights stay as they are."""
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+
+def shard(model: Denoiser) -> None:
+    """Share the parameters of `model` over all processes (FSDP2), in place.
+
+    The blocks of an explicit network are gathered one at a time. A fixed point network is gathered as a whole: it is
+    small, and its core runs again and again.
+    """
+    # Modulations are views of one tensor, of which FSDP warns in case they are written to; nothing here does that.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    if isinstance(model, DiT):
+        for block in model.blocks:
+            fully_shard(block)
+            register_fsdp_forward_method(block, "modulation")
+    fully_shard(model)
+
+
+def gradients_shared(model: nn.Module, now: bool) -> None:
+    """Whether the next backward pass of a sharded model shares its gradients, or adds to those not shared yet."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(now)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that may be sharded. All processes must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def mine(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, model: Tensor) -> Tensor:
+    """`value`, a whole tensor, on the device of `model` and sharded as that is, if it is of its shape."""
+    if isinstance(model, DTensor) and value.shape == model.shape:
+        value = value.to(model.to_local().device)
+        return distribute_tensor(value, model.device_mesh, model.placements, src_data_rank=None)
+    return value.to(model.device)
+
+
+def clip(parameters: Any, most: float) -> Tensor:
+    """Scale gradients to a norm of at most `most` (0 for any); the norm that they had."""
+    return whole(nn.utils.clip_grad_norm_(parameters, most or math.inf))

@@ -1,0 +1,92 @@
+"""A step of a run looked at again: which images it saw, at which timesteps, and what each of them costs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from fpdm.data import Slots, Stream, image_of
+from fpdm.data.stream import collate
+from fpdm.files import read_json
+from fpdm.training import checkpoints
+from fpdm.training.build import Parts, build
+from fpdm.training.config import Config
+from fpdm.training.draws import draw
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of the step: its place in the batch, class, timestep, and loss with the weights of a checkpoint."""
+
+    slot: int
+    label: int
+    timestep: int
+    loss: float
+    mse: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A step again. `weights` is the step of the checkpoint that was used, None for the weights at the start."""
+
+    rows: list[Row]
+    images: list[Image.Image]
+    broken: list[str]
+    weights: int | None
+
+
+def replay(run: Path, step: int, data: str | None = None) -> Replay:
+    """Step number `step` (from 0) of the run in a folder, with the weights of its newest checkpoint up to there.
+
+    data  where the images are now, if they have moved
+
+    Raises ValueError for a folder that is no run, or a step that it does not have.
+    """
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run} is not a run: it has no config.json")
+    config = Config.from_dict(read_json(run / "config.json"))
+    config = config.with_fields(init_from=None, device="cpu", **({} if data is None else {"data": data}))
+    if not 0 <= step < config.optimizer.steps:
+        raise ValueError(f"step {step} is none of this run's, 0 to {config.optimizer.steps - 1}")
+    parts = build(config)
+    found = checkpoints.newest(run / "checkpoints", print, most=step)
+    weights = None
+    if found is not None:
+        tensors, state = found
+        parts.model.load_state_dict(tensors["weights"])
+        weights = state["step"]
+    return _replayed(parts, step, weights)
+
+
+@torch.no_grad()
+def _replayed(parts: Parts, step: int, weights: int | None) -> Replay:
+    config, model = parts.config, parts.model.eval()
+    stream = Stream(parts.source, parts.prepare, batch_size=config.optimizer.batch_size, seed=config.run.seed)
+    rows, images, broken = [], [], []
+    for keys in Slots(step, step + 1, config.optimizer.batch_size, config.optimizer.accumulation):
+        batch = collate([stream[key] for key in keys])
+        if batch.failure is not None:
+            raise ValueError(batch.failure)
+        chance = draw(config.run.seed, step, batch.slots, tuple(batch.images.shape[1:]), parts.loss.num_timesteps,
+                      config.data.class_dropout)  # fmt: skip
+        labels = batch.labels.masked_fill(chance.dropped, model.null_class)
+        labels = labels if model.config.num_classes else torch.zeros_like(labels)
+        course, t = parts.course(step), chance.timesteps
+        solving = {} if course is None else {"solve": course.solve}
+        x_t = parts.loss.noisy(batch.images, chance.noise, t)
+        loss = parts.loss(model(x_t, t, labels, **solving).sample, batch.images, chance.noise, t)
+        columns = (batch.slots, batch.labels, t, loss.total, loss.mse)
+        rows += [Row(int(s), int(y), int(at), float(a), float(b)) for s, y, at, a, b in zip(*columns, strict=True)]
+        images += [shown(parts, image) for image in batch.images]
+        broken += batch.broken
+    return Replay(rows, images, broken, weights)
+
+
+def shown(parts: Parts, image: torch.Tensor) -> Image.Image:
+    """What the network takes (C, H, W) as an image; a latent decoded."""
+    if parts.vae is not None:
+        config = parts.vae.config
+        latent = image[None] / config.scaling_factor + (config.get("shift_factor") or 0.0)
+        image = parts.vae.decode(latent.to(parts.vae.dtype)).sample[0].float()
+    return image_of(((image.clamp(-1, 1) + 1) * 127.5).round().byte())

@@ -1,0 +1,142 @@
+"""What a run writes: log, sample grids, checkpoints, the model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from accelerate.utils import gather_object
+
+from fpdm.files import read_json, write_json
+from fpdm.imaging import grid
+from fpdm.models import Denoiser, FixedPointDiT
+from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.training import checkpoints
+from fpdm.training.devices import whole
+
+if TYPE_CHECKING:
+    from fpdm.training.loop import Trainer
+
+GRID_IMAGES = 40
+TRAINING = "training.json"  # in the pipeline folder: the step and config it comes from
+
+
+class Saver:
+    """Writes for a `Trainer`, and restores it. Every method is called by all processes; the main one writes."""
+
+    def __init__(self, run: "Trainer"):
+        self.run, self.dir, self.accelerator, self.settings = run, run.dir, run.accelerator, run.config.run
+        # Sharded weights are gathered into a network of their own, to be sampled from and saved.
+        self.gathered = run.parts.fresh() if self.settings.sharding == "fsdp" else None
+
+    def append_log(self, entry: dict[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            with self._writing("a line of the log"):
+                self.dir.append_log(entry)
+        numbers = {key: value for key, value in scalars(entry).items() if key not in ("step", "seconds")}
+        self.accelerator.log(numbers, step=entry["step"])
+
+    def save_grid(self) -> None:
+        """Images of the averaged weights, at fixed seeds."""
+        model = self.averaged()
+        if model is None or not self.accelerator.is_main_process:
+            return
+        pipe = self._pipeline(model)
+        count, classes = GRID_IMAGES, model.config.num_classes
+        labels = [i % classes for i in range(count)] if classes else None
+        pipe.set_progress_bar_config(disable=True)
+        budget = max(self.settings.sample_budget, pipe.plan(num_steps=1).planned)
+        images = pipe(labels, count, budget=budget, seed=self.settings.seed).images
+        with self._writing("a grid of samples"):
+            grid(images, columns=10).save(self.dir.samples / f"step-{self.run.step:08d}.png")
+
+    def save(self) -> None:
+        run = self.run
+        state = {
+            "meters": self.accelerator.reduce(run.meters.sums, "mean").tolist(),
+            "guard": run.guard.state(),
+            "rollbacks": run.rollbacks,
+            "broken": self.all_broken(),
+        }
+        tensors = checkpoints.gathered(run.net, run.ema.model, run.optimizer)
+        if self.accelerator.is_main_process:
+            with self._writing("a checkpoint"):
+                checkpoints.save(self.dir.checkpoints, run.step, tensors, state, self.settings.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints."""
+        return checkpoints.all_steps(self.dir.checkpoints)
+
+    def restore(self) -> None:
+        """Set the run to its newest checkpoint, if there is one, and the log with it."""
+        run = self.run
+        found = checkpoints.newest(self.dir.checkpoints, self.accelerator.print)
+        if found is not None:
+            tensors, state = found
+            checkpoints.restore(tensors, run.net, run.ema.model, run.optimizer)
+            run.step, run.broken, run.rollbacks = state["step"], state["broken"], state["rollbacks"]
+            run.meters.restore(state["meters"])
+            run.guard.restore(state["guard"])
+        if self.accelerator.is_main_process:
+            self.dir.cut_log(run.step)
+        self.accelerator.wait_for_everyone()
+
+    def export(self) -> None:
+        """The averaged weights as a pipeline folder, with a note of what it was made from."""
+        model = self.averaged()
+
+        def write(folder: Path) -> None:
+            assert model is not None
+            self._pipeline(model).save_pretrained(folder)
+            write_json(folder / TRAINING, {"step": self.run.step, **self.run.config.to_dict()})
+
+        if self.accelerator.is_main_process:
+            checkpoints.replace_folder(self.dir.pipeline, write)
+        self.accelerator.wait_for_everyone()
+
+    def exported_step(self) -> int | None:
+        note = self.dir.pipeline / TRAINING
+        return read_json(note)["step"] if note.is_file() else None
+
+    def all_broken(self) -> list[str]:
+        """The unreadable images that any process has met."""
+        return sorted(set(gather_object(self.run.broken)))
+
+    def averaged(self) -> Denoiser | None:
+        """The network with the averaged weights, whole; None where it is sharded and this is not the main process."""
+        if self.gathered is None:
+            return self.run.ema.model
+        weights = {name: whole(p).cpu() for name, p in self.run.ema.model.named_parameters()}
+        if not self.accelerator.is_main_process:
+            return None
+        self.gathered.load_state_dict(weights)
+        return self.gathered.to(self.accelerator.device).eval()
+
+    def _pipeline(self, model: Denoiser) -> FixedPointDiTPipeline:
+        parts = self.run.parts
+        names = parts.source.class_names if model.config.num_classes else None
+        return FixedPointDiTPipeline(cast(FixedPointDiT, model), parts.schedule, vae=parts.vae, class_names=names)
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """A disk that is full ends the run, or loses it only what is written within, as was asked for."""
+        try:
+            yield
+        except OSError as error:
+            if self.settings.on_full_disk == "stop":
+                raise
+            self.accelerator.print(f"\nat step {self.run.step}, {what} was lost: {error}")
+
+
+def scalars(entry: dict[str, Any], before: str = "") -> dict[str, float]:
+    """The numbers in a line of the log, by name; those of lists by name and place."""
+    found: dict[str, float] = {}
+    for key, value in entry.items():
+        if isinstance(value, list):
+            value = {str(i): number for i, number in enumerate(value)}
+        if isinstance(value, dict):
+            found |= scalars(value, f"{before}{key}/")
+        elif value is not None:
+            found[before + key] = value
+    return found
