@@ -31,8 +31,9 @@ def run(options: argparse.Namespace) -> int:
     config = train.resolve(options)
     quiet_libraries()
     from fpdm.training.build import open_source
-    from fpdm.training.memory import network, solves, stand_in
+    from fpdm.training.memory import network, one_step, solves, stand_in
 
+    one_step(config)  # refuses what only the last table would
     source = open_source(config.data) if config.data.source == "digits" else stand_in(config.data)
     model = network(config, source)
     steps = solves(config, model)

@@ -5,6 +5,8 @@
   fpdm train images --data DIR --image-size 64 --model S/4
                                                         any folder of images, one folder per class or none
 
+  fpdm train imagenet256 --dry-run                      before the data is there: sizes, and one step in miniature
+
 The run is kept in runs/NAME: config, log, sample grids, checkpoints, and at the end the model. Ctrl-C saves and stops;
 the same command goes on.
 """
@@ -26,6 +28,7 @@ from fpdm.training.config import Config, groups, value_type
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
     parser.add_argument("--name", help="name of the run (default: the recipe's)")
+    parser.add_argument("--dry-run", action="store_true", help="without the data: print sizes, try one narrow step")
     parser.add_argument("--runs-dir", default="runs", help="folder of all runs (default: runs)")
     for group, cls in groups().items():
         section = parser.add_argument_group(f"{group} (defaults are the recipe's)")
@@ -42,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = resolve(options)
+    if options.dry_run:
+        return dry(options, config)
     path = Path(options.runs_dir) / (options.name or options.recipe.replace("-", "_"))
     check_writable(path)
 
@@ -59,6 +64,20 @@ def run(options: argparse.Namespace) -> int:
     if trainer.accelerator.num_processes > 1:
         leave(status)
     return status
+
+
+def dry(options: argparse.Namespace, config: Config) -> int:
+    """Print what `fpdm info` does, and take one step at a reduced width on random data."""
+    from fpdm.cli import info
+
+    info.run(options)
+    from fpdm.training.dry import dry_run
+
+    small, seconds = dry_run(config)
+    shape = f"{config.data.image_size} x {config.data.image_size} x {config.data.channels}"
+    print(f"\none step of {small.optimizer.batch_size} random inputs of {shape}, the network {small.model.hidden_size} "
+          f"wide: done, saved and exported in {seconds:.1f} s")  # fmt: skip
+    return 0
 
 
 def resolve(options: argparse.Namespace) -> Config:

@@ -6,17 +6,23 @@ B batch, C channels, H = W = sample_size, N tokens, D width
 import math
 import os
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fpdm.fixedpoint import Solution, Solve
 from fpdm.models.layers import Block, FinalLayer, PatchEmbedder, TimestepEmbedder, unpatchify
 from fpdm.models.presets import preset
+
+# Nothing in these networks is random, so there is no generator's state to keep. At module level: networks are copied.
+RECOMPUTE = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class Output:
 class Denoiser(ModelMixin, ConfigMixin):
     """The base of `DiT` and `FixedPointDiT`. A network holds weights and nothing else: no state between calls."""
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
+    gradient_checkpointing = False  # diffusers sets this, and `_gradient_checkpointing_func`
     _no_split_modules = ["FixedPointCore", "Block"]  # their parts are called from outside forward, too
     config_name = "config.json"
 
@@ -70,6 +77,15 @@ class Denoiser(ModelMixin, ConfigMixin):
             listed = "; ".join(f"{kind.replace('_', ' ')}: {sorted(map(str, keys))}" for kind, keys in wrong.items())
             raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its configuration: {listed}")
         return (model, info) if wants_info else model
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
+        """From now on store of each block, and of each iteration with gradient, the input only, and compute the rest
+        again in backward: gradients stay the same, a step takes about a forward pass longer.
+
+        Nothing changes where there is no gradient. `disable_gradient_checkpointing()` ends it.
+        `gradient_checkpointing_func(function, *inputs)` takes the place of torch's `checkpoint`.
+        """
+        super().enable_gradient_checkpointing(gradient_checkpointing_func or RECOMPUTE)
 
     @property
     def null_class(self) -> int:
@@ -115,6 +131,26 @@ class Denoiser(ModelMixin, ConfigMixin):
         t = t.expand(len(x))
         return self.patch_embed(x.to(self.patch_embed.proj.weight.dtype)), self.time_embed(t), self.label_embed(y)
 
+    def _run_blocks(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
+        """Apply blocks in turn to tokens `x` (B, N, D) under the conditioning `c` (B, D)."""
+        run = self._segment(run_block)
+        for block in blocks:
+            x = run(block, x, c)
+        return x
+
+    def _segment(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`function`; with gradient checkpointing one that stores its inputs only."""
+        if not self.gradient_checkpointing:
+            return function
+
+        def run(*inputs: Any) -> Tensor:
+            # Asked at every call: of a solve's iterations only the last ones may have a gradient.
+            return (
+                self._gradient_checkpointing_func(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
+            )
+
+        return run
+
     def _unembed(self, tokens: Tensor, c: Tensor) -> Tensor:
         return unpatchify(self.final(tokens, c), self.config.patch_size)
 
@@ -135,11 +171,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.final.linear.weight)
 
 
-def run_blocks(blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
-    """Apply blocks in turn to tokens `x` (B, N, D) under the conditioning `c` (B, D)."""
-    for block in blocks:
-        x = block(x, block.modulation(c))  # type: ignore[operator]
-    return x
+def run_block(block: Block, x: Tensor, c: Tensor) -> Tensor:
+    """One block, its modulation included, so that checkpointing stores of that no more than `c`."""
+    return block(x, block.modulation(c))
 
 
 def condition(*embeddings: Tensor) -> Tensor:

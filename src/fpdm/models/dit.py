@@ -5,7 +5,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from fpdm.fixedpoint import Solve
-from fpdm.models.denoiser import Denoiser, Output, condition, run_blocks
+from fpdm.models.denoiser import Denoiser, Output, condition
 from fpdm.models.layers import Block
 
 
@@ -63,7 +63,7 @@ class DiT(Denoiser):
         refuse_iterations(iterations if solve is None and init is None else -1)
         tokens, time, label = self._embed(x, t, y)           # (B, N, D), (B, D), (B, D)
         c = condition(time, label)                           # (B, D)
-        tokens = run_blocks(self.blocks, tokens, c)          # (B, N, D)
+        tokens = self._run_blocks(self.blocks, tokens, c)    # (B, N, D)
         return Output(self._unembed(tokens, c), None, {})    # (B, C or 2C, H, W)
         # fmt: on
 

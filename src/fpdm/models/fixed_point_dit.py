@@ -14,7 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from fpdm.fixedpoint import FixedIterations, Solve
-from fpdm.models.denoiser import Denoiser, Output, condition, run_blocks
+from fpdm.models.denoiser import Denoiser, Output, condition
 from fpdm.models.layers import Block, Modulation
 
 
@@ -122,15 +122,16 @@ class FixedPointDiT(Denoiser):
         tokens, time, label = self._embed(x, t, y)                     # (B, N, D), (B, D), (B, D)
         c = condition(time, label)                                     # (B, D)
         c_outer = c if self.config.time_in_pre_post else condition(label)
-        u = run_blocks(self.pre, tokens, c_outer)                      # (B, N, D)
+        u = self._run_blocks(self.pre, tokens, c_outer)                # (B, N, D)
         z = u if init is None else _fitting(init, u)                   # (B, N, D)
-        solution = solve(self.core.step, z, self.core.prepare(u, c))   # (B, N, D)
+        step, context = self._segment(self.core.step), self.core.prepare(u, c)
+        solution = solve(step, z, context)                             # (B, N, D)
         exits = {k: self._decode(z, c_outer) for k, z in solution.kept.items()}
         return Output(self._decode(solution.value, c_outer), solution, exits)
         # fmt: on
 
     def _decode(self, z: Tensor, c: Tensor) -> Tensor:
-        return self._unembed(run_blocks(self.post, z, c), c)  # (B, C or 2C, H, W)
+        return self._unembed(self._run_blocks(self.post, z, c), c)  # (B, C or 2C, H, W)
 
 
 def _one_of(iterations: int | None, solve: Solve | None) -> Solve:

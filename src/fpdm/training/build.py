@@ -6,7 +6,16 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from fpdm.data import BrokenImage, ImagePreparation, LatentFolder, LatentPreparation, Source, holds_latents, open_images
+from fpdm.data import (
+    BrokenImage,
+    ImagePreparation,
+    Latent,
+    LatentFolder,
+    LatentPreparation,
+    Source,
+    holds_latents,
+    open_images,
+)
 from fpdm.data.encoding import open_autoencoder
 from fpdm.data.stream import Prepare
 from fpdm.diffusion import DiffusionLoss, make_schedule
@@ -84,9 +93,11 @@ def _limit(solve: Solve) -> int:
     return limit
 
 
-def build(config: Config) -> Parts:
-    """Raises ValueError for data that is not there, sizes that do not fit, settings that contradict each other."""
-    opened = open_source(config.data)
+def build(config: Config, stand_in: Source | None = None) -> Parts:
+    """The parts of a run; `stand_in`, of latents, takes the place of the data that the config names.
+
+    Raises ValueError for data that is not there, sizes that do not fit, settings that contradict each other."""
+    opened = stand_in or open_source(config.data)
     schedule = make_schedule(
         beta_schedule=config.diffusion.beta_schedule,
         prediction_type=config.diffusion.prediction_type,
@@ -98,7 +109,7 @@ def build(config: Config) -> Parts:
     loss = DiffusionLoss(schedule, config.diffusion.min_snr_gamma)
     source: Source
     source, held = split(opened, config.data.holdout, config.run.seed)
-    prepare = preparation(config.data, opened)
+    prepare = preparation(config.data, opened) if stand_in is None else LatentPreparation(1.0, 0.0)
     model = build_model(config, source)
     vae = open_vae(config.data, opened) if isinstance(opened, LatentFolder) else None
     if config.run.init_from is not None:

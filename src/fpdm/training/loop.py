@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpdm.data import Batch, Slots, Stream, loader
+from fpdm.data import Batch, Slots, Source, Stream, loader
 from fpdm.machine import matrix_rate
 from fpdm.training.build import Parts, build
 from fpdm.training.config import Config
@@ -43,9 +43,10 @@ class Trainer:
     """One run, from config to pipeline folder. `run()` trains until done or interrupted, and may be called on a folder
     in any state: new, stopped or finished."""
 
-    def __init__(self, config: Config, path: str | Path):
+    def __init__(self, config: Config, path: str | Path, source: Source | None = None):
+        """`source` stands in for the data that the config names."""
         self.config, self.started = config, time.monotonic()
-        self.parts: Parts = build(config)
+        self.parts: Parts = build(config, source)
         self.kind = type(self.parts.model).__name__  # sharding changes its class
         self.accelerator = make_accelerator(config, Path(path))
         self._slots(0)  # refuses a batch that cannot be shared out
@@ -114,6 +115,7 @@ class Trainer:
                 self.saver.save()
             self.saver.export()
             self.broken = self.saver.all_broken()  # while there are other processes to ask
+        self.seconds = time.monotonic() - self.started
         return "interrupted" if asked and self.step < last else "finished"
 
     def _train_on(self, interrupt: Interrupt, bar: tqdm) -> bool:

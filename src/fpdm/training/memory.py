@@ -68,7 +68,7 @@ def training_memory(config: Config, source: Source, solve: Solve | None, device:
 
     Raises ValueError for a network that cannot be, and a batch that cannot be shared out.
     """
-    slots = Slots(0, 1, config.optimizer.batch_size, config.optimizer.accumulation)
+    slots = one_step(config)
     schedule = make_schedule(
         prediction_type=config.diffusion.prediction_type,
         learned_variance=config.model.learned_variance,
@@ -102,6 +102,11 @@ def training_memory(config: Config, source: Source, solve: Solve | None, device:
             ema.update(model, 1)
     gradients = sum(parameter.nbytes for parameter in model.parameters())
     return Memory(parameters, gradients, moments, average, activations, live.peak)
+
+
+def one_step(config: Config) -> Slots:
+    """The parts of a step's batch, on one process. Raises ValueError for a batch that cannot be shared out."""
+    return Slots(0, 1, config.optimizer.batch_size, config.optimizer.accumulation)
 
 
 def stand_in(config: DataConfig) -> Source:
