@@ -9,7 +9,6 @@ from diffusers import AutoencoderKL
 from fpdm.data import (
     BrokenImage,
     ImagePreparation,
-    Latent,
     LatentFolder,
     LatentPreparation,
     Source,
