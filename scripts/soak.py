@@ -2,10 +2,10 @@
 
     python scripts/soak.py --out FOLDER [--steps 6000] [--kills 20] [--seed 0]     an hour on two cores
 
-Both train on the digits as an image folder, one file of which is broken. The disturbed one is killed (SIGKILL) at random
-moments, once in the middle of writing a checkpoint; finds its newest checkpoint damaged; and meets a full disk, a small
-one that is mounted for it (tmpfs, for which one must be root) or else a limit on the size of its files. After each of
-these the same command is given again. FOLDER/soak.json tells the story; the exit status is 0 if the two runs are equal.
+Both train on the digits as an image folder, one file of which is broken. The disturbed one is killed (SIGKILL) at
+random moments, once in the middle of writing a checkpoint; finds its newest checkpoint damaged; and meets a full disk,
+a small one that is mounted for it (tmpfs, for which one must be root) or else a limit on the size of its files. After
+each of these the same command is given again. FOLDER/soak.json tells the story; the exit status is 0 if the two runs are equal.
 """
 
 import argparse
@@ -52,8 +52,8 @@ class Run:
         self.folder = folder / "run"
         self.log, self.checkpoints = self.folder / "log.jsonl", self.folder / "checkpoints"
         settings = {
-            "--data": data, "--channels": 1, "--image-size": 8, "--hidden-size": 64, "--num-heads": 4, "--patch-size": 2,
-            "--no-flip": None, "--no-grad-max": 4, "--with-grad-max": 4, "--exit-loss": "final", "--warm-share": 0.5,
+            "--data": data, "--channels": 1, "--image-size": 8, "--hidden-size": 64, "--num-heads": 4,
+            "--patch-size": 2, "--no-flip": None, "--no-grad-max": 4, "--with-grad-max": 4, "--exit-loss": "final", "--warm-share": 0.5,
             "--steps": steps, "--batch-size": 32, "--workers": 0, "--device": "cpu", "--checkpoint-every": EVERY,
             "--log-every": 20, "--sample-every": 10 * EVERY, "--validate-every": 2 * EVERY, "--holdout": 100,
             "--keep-checkpoints": 2, "--name": "run", "--runs-dir": folder,
@@ -98,7 +98,7 @@ def disturb(run: Run, story: Story, kills: int, chance: random.Random, small: Pa
     damaging, filling = chance.randrange(3, kills), chance.randrange(3, kills)
     for kill in range(kills):
         process = run.start()
-        seconds = chance.uniform(4, 70)
+        seconds = chance.uniform(5, 100)
         if kill == writing:
             torn = wait_until(lambda: any(run.checkpoints.glob(".*.writing")), 300)
             process.kill()
@@ -122,6 +122,11 @@ def disturb(run: Run, story: Story, kills: int, chance: random.Random, small: Pa
 
 def damage(run: Run, story: Story, chance: random.Random) -> None:
     """Change a byte in the middle of the newest checkpoint."""
+    while not run.steps_done():
+        process = run.start()
+        wait_until(run.steps_done, 600)
+        process.kill()
+        process.communicate()
     path = run.newest() / chance.choice(["weights.safetensors", "ema.safetensors", "optimizer.safetensors"])
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 0xFF
@@ -138,17 +143,13 @@ def damage(run: Run, story: Story, chance: random.Random) -> None:
 def fill(run: Run, story: Story, small: Path | None) -> None:
     """Have the disk full: what the command says, and that the checkpoints are still there."""
     before = run.steps_done()
-    limit = None
+    lines = run.log.stat().st_size if run.log.is_file() else 0
+    process = run.start(None if small is not None else 64 * 2**10)
     if small is not None:
+        wait_until(lambda: run.log.is_file() and run.log.stat().st_size > lines + 200, 600)  # it trains
         filler = small / "filler"
-        with filler.open("wb") as file:
-            file.truncate(0)
-            left = shutil.disk_usage(small).free - 64 * 2**10
-            file.write(b"\0" * max(0, left))
-    else:
-        limit = 64 * 2**10
-    process = run.start(limit)
-    said, _ = process.communicate(timeout=600)
+        filler.write_bytes(b"\0" * max(0, shutil.disk_usage(small).free - 64 * 2**10))
+    said, _ = process.communicate(timeout=900)
     story.tell(f"the disk was full: status {process.returncode}", said=said.strip().splitlines()[-1:],
                before=before, after=run.steps_done())  # fmt: skip
     if small is not None:
@@ -204,7 +205,7 @@ def main() -> int:
     try:
         wild = Run(small, options.out / "data", options.steps)
         disturb(wild, story, options.kills, chance, disk)
-        said, _ = undisturbed.communicate()
+        undisturbed.communicate()
         story.tell(f"the undisturbed run ended with status {undisturbed.returncode}")
         wrong = differences(calm, wild, options.steps)
         story.tell("the two runs are equal" if not wrong else "the two runs differ", differences=wrong)
