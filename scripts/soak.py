@@ -5,7 +5,8 @@
 Both train on the digits as an image folder, one file of which is broken. The disturbed one is killed (SIGKILL) at
 random moments, once in the middle of writing a checkpoint; finds its newest checkpoint damaged; and meets a full disk,
 a small one that is mounted for it (tmpfs, for which one must be root) or else a limit on the size of its files. After
-each of these the same command is given again. FOLDER/soak.json tells the story; the exit status is 0 if the two runs are equal.
+each of these the same command is given again. FOLDER/soak.json tells the story; the exit status is 0 if the two runs
+are equal.
 """
 
 import argparse
@@ -53,10 +54,11 @@ class Run:
         self.log, self.checkpoints = self.folder / "log.jsonl", self.folder / "checkpoints"
         settings = {
             "--data": data, "--channels": 1, "--image-size": 8, "--hidden-size": 64, "--num-heads": 4,
-            "--patch-size": 2, "--no-flip": None, "--no-grad-max": 4, "--with-grad-max": 4, "--exit-loss": "final", "--warm-share": 0.5,
-            "--steps": steps, "--batch-size": 32, "--workers": 0, "--device": "cpu", "--checkpoint-every": EVERY,
-            "--log-every": 20, "--sample-every": 10 * EVERY, "--validate-every": 2 * EVERY, "--holdout": 100,
-            "--keep-checkpoints": 2, "--name": "run", "--runs-dir": folder,
+            "--patch-size": 2, "--no-flip": None, "--no-grad-max": 4, "--with-grad-max": 4, "--exit-loss": "final",
+            "--warm-share": 0.5, "--steps": steps, "--batch-size": 32, "--workers": 0, "--device": "cpu",
+            "--checkpoint-every": EVERY, "--log-every": 20, "--sample-every": 10 * EVERY,
+            "--validate-every": 2 * EVERY, "--holdout": 100, "--keep-checkpoints": 2, "--name": "run",
+            "--runs-dir": folder,
         }  # fmt: skip
         words = [str(word) for pair in settings.items() for word in pair if word is not None]
         self.command = [sys.executable, "-m", "fpdm", "train", "images", *words, "--model", "S/2"]
