@@ -22,7 +22,7 @@ from fpdm.drawing import load_pipeline
 from fpdm.files import model_folder, write_aside, write_json
 from fpdm.fixedpoint import FixedIterations, Solve, relative_residual
 from fpdm.machine import made_with
-from fpdm.models.denoiser import condition, run_blocks
+from fpdm.models.denoiser import condition
 from fpdm.sampling import Stepper, image_generators, initial_noise, solver_of
 from fpdm.sampling.reuse import Carry
 
@@ -77,7 +77,7 @@ def function(model, x, t, y):
     """The fixed point function of a batch, and its context."""
     tokens, time_embedding, label = model._embed(x, t, y)
     outer = condition(time_embedding, label) if model.config.time_in_pre_post else condition(label)
-    u = run_blocks(model.pre, tokens, outer)
+    u = model._run_blocks(model.pre, tokens, outer)
     return model.core.step, model.core.prepare(u, condition(time_embedding, label))
 
 

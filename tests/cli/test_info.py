@@ -1,10 +1,13 @@
 """`fpdm info`: what it says is what a training would have and cost, and it says it without data."""
 
+import contextlib
+import io
 import subprocess
 import sys
 
 import pytest
 
+from fpdm.cli.info import print_samples
 from fpdm.cli.main import main
 from fpdm.fixedpoint import MultiStepJacobianFree, Solve
 from fpdm.models import DiT, FixedPointDiT
@@ -31,9 +34,6 @@ def rows(said, head):
 @pytest.fixture(scope="module")
 def digits():
     """What is said of the digits, small: told once, looked at by several tests."""
-    import contextlib
-    import io
-
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         assert main(["info", "digits", *map(str, SMALL)]) == 0
@@ -75,14 +75,19 @@ def test_memory_is_that_of_the_estimate(digits):
     assert "in MB, as on cpu, float32" in digits
 
 
-def test_an_explicit_network_has_one_row_and_no_budget_below_its_depth(capsys):
-    said = info(capsys, *IMAGES, "--network", "dit", "--depth", 60, "--classes", 7, "--accumulation", 2)
-    passes = operations_of(DiT(16, 4, 3, 32, 60, 2, num_classes=7)).fixed
-    assert rows(said, "a training step, per image") == {"every": ["-", "60", f"{3 * passes:.3g}"]}
-    assert list(rows(said, "a sample")) == ["60 block passes", "120 block passes", "540 block passes"]
+def test_an_explicit_network_has_one_row(capsys):
+    said = info(capsys, *IMAGES, "--network", "dit", "--depth", 3, "--classes", 7, "--accumulation", 2)
+    passes = operations_of(DiT(16, 4, 3, 32, 3, 2, num_classes=7)).fixed
+    assert rows(said, "a training step, per image") == {"every": ["-", "3", f"{3 * passes:.3g}"]}
+    assert list(rows(said, "a sample")) == [f"{n} block passes" for n in (39, 78, 159, 558)]
     assert list(rows(said, "memory, 8 images in 2 parts")) == ["every", "every, checkpointing"]
-    assert "60 blocks" in said
+    assert "3 blocks" in said
     assert "7 classes" in said
+
+
+def test_budgets_below_one_evaluation_are_left_out(capsys):
+    print_samples(DiT(16, 4, 3, 32, 60, 2))
+    assert list(rows(capsys.readouterr().out[1:], "a sample")) == [f"{n} block passes" for n in (60, 120, 540)]
 
 
 def test_it_needs_no_data_and_says_what_it_does_not_know(capsys, tmp_path, monkeypatch):

@@ -59,7 +59,6 @@ def any_precision():
     ids=str,
 )
 def test_a_real_step_takes_what_was_estimated(changes, benchmark, any_precision, monkeypatch):
-    monkeypatch.setattr(benchmark.build, "open_source", benchmark.build.open_source)  # which measuring replaces
     config = tiny(**{"no_grad_max": 2, "with_grad_max": 2, **changes})
     *_, draw = solves(config, network(config, stand_in(config.data)))
     case = benchmark.Case({}, draw)

@@ -185,27 +185,36 @@ class Trainer:
 
     def _backward(self, batch: Batch, course: Course | None) -> dict[str, Tensor]:
         """The gradient of a micro-batch, and the means of its losses."""
-        config, parts, device = self.config, self.parts, self.accelerator.device
+        config, parts = self.config, self.parts
         chance, (x0, noise, t, labels) = self._inputs(batch, course)
-        x_t, weight = parts.loss.noisy(x0, noise, t), config.gradient.exit_weight
+        x_t = parts.loss.noisy(x0, noise, t)
         with self.accelerator.autocast():
-            solving = {} if course is None else {"solve": course.solve}
-            if course is not None and course.warm is not None:
-                assert chance.later is not None
-                assert chance.fresh is not None
-                later = chance.later.to(device)
-                x_later = parts.loss.noisier(x_t, t, later, chance.fresh.to(device))
-                with torch.no_grad():
-                    solving["init"] = self.model(x_later, later, labels, solve=course.warm).solution.value
+            solving = (
+                {} if course is None else {"solve": course.solve, "init": self._start(course, chance, x_t, t, labels)}
+            )
             output = self.model(x_t, t, labels, **solving)
         loss = parts.loss(output.sample.float(), x0, noise, t)
         total, found = loss.total.mean(), {"mse": loss.mse.mean(), "vlb": loss.vlb.mean()}
         teacher = output.sample if config.gradient.exit_loss == "final" else None
         for early in output.exits.values():
-            exit = parts.loss(early.float(), x0, noise, t, teacher).total.mean()
-            total, found["exit"] = total + weight * exit, exit.detach()
+            extra = parts.loss(early.float(), x0, noise, t, teacher).total.mean()
+            total, found["exit"] = total + config.gradient.exit_weight * extra, extra.detach()
         self.accelerator.backward(total / config.optimizer.accumulation)
         return {"loss": total.detach(), **found}
+
+    @torch.no_grad()
+    def _start(self, course: Course, chance: Draws, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor | None:
+        """What a warm step's solve starts from: the solution at noisier timesteps; None for a cold one."""
+        if course.warm is None:
+            return None
+        assert chance.later is not None
+        assert chance.fresh is not None
+        later, fresh = (value.to(x_t.device) for value in (chance.later, chance.fresh))
+        noisier = self.parts.loss.noisier(x_t, t, later, fresh)
+        solution: Tensor = self.model(noisier, later, labels, solve=course.warm).solution.value
+        # Autocast keeps its casts of the weights. Those made here have no gradient, and would be used again.
+        torch.clear_autocast_cache()
+        return solution
 
     def _inputs(self, batch: Batch, course: Course | None) -> tuple[Draws, tuple[Tensor, ...]]:
         """The draws of a micro-batch; its images, noise, timesteps and labels on the device."""

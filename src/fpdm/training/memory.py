@@ -86,11 +86,8 @@ def training_memory(config: Config, source: Source, solve: Solve | None, device:
         parameters = live.add(_tensors(model))
         average = live.add(_tensors(ema.model))
         moments = live.add(value for state in optimizer.state.values() for value in state.values())
-        parts = config.optimizer.accumulation
         with live:
-            for _ in range(
-                min(parts, 2)
-            ):  # later ones are as the second, which has the first one's gradients beside it
+            for _ in range(min(slots.parts, 2)):  # further parts are as the second: gradients lie beside activations
                 before = live.now
                 total = _forward(config, model, loss, solve, slots.size)
                 activations = live.now - before
