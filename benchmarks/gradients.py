@@ -37,7 +37,7 @@ from fpdm.fixedpoint import (
 from fpdm.machine import made_with
 from fpdm.models import FixedPointDiT
 
-N, M, ROUNDS, IMAGES, TRUE = 6, 6, 5, 32, 200
+N, M, ROUNDS, IMAGES, TRUE = 6, 6, 3, 32, 200
 
 
 def methods() -> dict[str, Solve]:

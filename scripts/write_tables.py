@@ -16,7 +16,7 @@ from fpdm.evaluation import Evaluation, Measure
 from fpdm.evaluation.result import significant
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "docs/evaluation.md", ROOT / "docs/how-to-choose.md")
+PAGES = tuple(ROOT / "docs" / name for name in ("evaluation.md", "how-to-choose.md", "training.md"))
 Point = dict[str, Any]
 
 
@@ -149,6 +149,59 @@ def stopping(path: str) -> str:
     return "\n".join(lines)
 
 
+def gradients(path: str) -> str:
+    """What methods of differentiation store and take, relative to the first, and how near they are to the truth."""
+    rows = json.loads((ROOT / path).read_text())["rows"]
+    lines = [row(["method", "stored", "seconds", "cosine"]), row(["---"] * 4)]
+    for r in rows:
+        stored, seconds = (f"{r[key] / rows[0][key]:.2f}" for key in ("bytes", "seconds"))
+        lines.append(row([r["method"], stored, seconds, f"{r['cosine']:.3f}"]))
+    return "\n".join(lines)
+
+
+MEMORY: dict[str, dict[str, Any]] = {
+    "DiT": {"network": "dit", "checkpointing": False},
+    "DiT, checkpointing": {"network": "dit", "checkpointing": True},
+    "FPDM, mean draw": {"draw": "mean", "checkpointing": False},
+    "FPDM, most": {"draw": "most", "checkpointing": False},
+    "FPDM, most, checkpointing": {"draw": "most", "checkpointing": True},
+}
+
+
+def memory(path: str, batch_size: str) -> str:
+    """GB at the peak of a training step, a row per size and precision."""
+    counted = [r for r in json.loads((ROOT / path).read_text())["counted"] if r["batch_size"] == int(batch_size)]
+    lines = [row(["", *MEMORY]), row(["---"] * (1 + len(MEMORY)))]
+    for size, precision in dict.fromkeys((r["model"], r["mixed_precision"]) for r in counted):
+        same = [r for r in counted if (r["model"], r["mixed_precision"]) == (size, precision)]
+        found = [[r for r in same if all(r.get(k) == v for k, v in wanted.items())] for wanted in MEMORY.values()]
+        cells = [f"{some[0]['peak'] / 1e9:.1f}" if some else "" for some in found]
+        lines.append(row([f"{size}, {'float32' if precision == 'no' else precision}", *cells]))
+    return "\n".join(lines)
+
+
+def memory_compared(path: str) -> str:
+    """How near the counted peak is to what real steps took."""
+    compared = json.loads((ROOT / path).read_text())["compared"]
+    ratios = [r["peak"] / r["measured"]["peak"] for r in compared]
+    return f"{len(ratios)} kinds of step: counted by measured from {min(ratios):.3f} to {max(ratios):.3f}."
+
+
+def soak(path: str) -> str:
+    """What happened to a run, and whether it ended as one that was left alone."""
+    result = json.loads((ROOT / path).read_text())
+    events = [event["event"] for event in result["events"]]
+    kinds = {
+        "killed": sum(event == "killed" for event in events),
+        "killed while a checkpoint was written": sum("while it wrote" in event for event in events),
+        "a checkpoint damaged": sum("was damaged" in event for event in events),
+        "the disk full": sum("disk was full" in event for event in events),
+    }
+    lines = [row(["what happened", "times"]), row(["---"] * 2), *(row([name, str(n)]) for name, n in kinds.items())]
+    minutes, equal = result["events"][-1]["minute"], "equal" if result["equal"] else "not equal"
+    return "\n".join([*lines, row([f"after {minutes:.0f} minutes, weights, average, moments and log", equal])])
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "metrics": metrics,
     "models": models,
@@ -157,6 +210,10 @@ TABLES: dict[str, Callable[..., str]] = {
     "solver_images": solver_images,
     "solvers": solvers,
     "stopping": stopping,
+    "gradients": gradients,
+    "memory": memory,
+    "memory_compared": memory_compared,
+    "soak": soak,
 }
 
 

@@ -168,3 +168,46 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="not a run"):
         Trainer(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient": "implicit", "exit_loss": "final", "warm_share": 0.5, "tolerance": 0.1},
+        {"exit_loss": "target", "warm_share": 0.5, "holdout": 20, "validate_every": 3},
+        {"gradient": "phantom", "damping": 0.7, "exit_loss": "final", "accumulation": 2, "checkpointing": True},
+    ],
+    ids=lambda changes: ",".join(changes),
+)
+def test_stopped_with_exits_and_warm_starts(changes, tmp_path, monkeypatch):
+    config = tiny(log_every=2, **changes)
+    Trainer(config, tmp_path / "whole").run()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 7)
+        assert Trainer(config, tmp_path / "run").run() == "interrupted"
+    assert Trainer(config, tmp_path / "run").run() == "finished"
+    assert_same_run(tmp_path / "whole", tmp_path / "run", 10)
+    assert any("exit" in line for line in log_of(tmp_path / "run"))
+
+
+def test_a_run_stops_a_minute_before_its_time_is_up_and_goes_on(uninterrupted, tmp_path, monkeypatch):
+    path, now = tmp_path / "run", {"seconds": 0.0}
+    with monkeypatch.context() as patch:
+        patch.setattr("fpdm.training.loop.time.monotonic", lambda: now["seconds"])
+        one_step = Trainer._one_step
+
+        def slow(self, batches):
+            one_step(self, batches)
+            now["seconds"] += 50
+
+        patch.setattr(Trainer, "_one_step", slow)
+        trainer = Trainer(tiny(time_limit=6), path)
+        assert trainer.run() == "interrupted"
+    assert (trainer.step, now["seconds"]) == (7, 350)  # the first step that ends in the last minute
+    assert checkpoints.all_steps(path / "checkpoints") == [5, 7]
+    assert Trainer(tiny(time_limit=6), path).run() == "finished"
+    assert_same_run(uninterrupted, path, 10)
+
+
+def test_a_time_limit_that_comes_with_the_last_step_is_none(tmp_path, monkeypatch):
+    assert Trainer(tiny(steps=1, time_limit=1), tmp_path / "run").run() == "finished"

@@ -61,7 +61,7 @@ def print_network(config: Config, model: "Denoiser") -> None:
 
 def print_steps(model: "Denoiser", steps: "dict[str, Solve | None]") -> None:
     """Block passes and operations of a training step by its iterations."""
-    from fpdm.training.course import differentiated
+    from fpdm.training.course import differentiated, operations
 
     print(f"\n{'a training step, per image':28} {'iterations':>16} {'block passes':>14} {'operations':>12}")
     for name, solve in steps.items():
@@ -73,18 +73,6 @@ def print_steps(model: "Denoiser", steps: "dict[str, Solve | None]") -> None:
         print(f"{name:28} {iterations:>16} {passes:>14} {operations(model, solve):>12.3g}")
     if None not in steps.values():
         print("iterations without and with gradient; block passes forward, operations backward too")
-
-
-def operations(model: "Denoiser", solve: "Solve | None") -> float:
-    """Of a training step per image, a backward pass counting as two forward ones."""
-    from fpdm.sampling import operations_of
-    from fpdm.training.course import differentiated
-
-    cost = operations_of(model)
-    if solve is None:
-        return 3 * cost.fixed
-    some = differentiated(solve)
-    return 3 * cost.passes(len(some)) + cost.per_iteration * (some[0] - 1)
 
 
 def print_samples(model: "Denoiser") -> None:

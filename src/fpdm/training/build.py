@@ -19,14 +19,12 @@ from fpdm.data.encoding import open_autoencoder
 from fpdm.data.stream import Prepare
 from fpdm.diffusion import DiffusionLoss, make_schedule
 from fpdm.files import model_folder
-from fpdm.fixedpoint import Solve
 from fpdm.keyed import generator, seed_of
 from fpdm.models import Denoiser, DiT, FixedPointDiT
 from fpdm.models.presets import preset
 from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.sampling import operations_of
 from fpdm.training.config import Config, DataConfig, GradientConfig, ModelConfig
-from fpdm.training.course import Course, Courses, differentiated, make_courses
+from fpdm.training.course import Course, Courses, differentiated, make_courses, operations
 from fpdm.training.validation import split
 from fpdm.weights import digest
 
@@ -76,20 +74,8 @@ class Parts:
         return round(sum(differentiated(solve)[-1] for solve in draws) / len(draws))
 
     def operations(self, course: Course | None) -> float:
-        """Operations per image of a step, a backward pass counting as two forward ones; without the decoding of an
-        early exit, what checkpointing computes again, and the backward solve of the implicit method."""
-        cost = operations_of(self.model)
-        if course is None:
-            return 3 * cost.fixed
-        some = differentiated(course.solve)
-        warm = 0 if course.warm is None else cost.passes(_limit(course.warm))
-        return 3 * cost.passes(len(some)) + cost.per_iteration * (some[0] - 1) + warm
-
-
-def _limit(solve: Solve) -> int:
-    limit = solve.stopping.limit
-    assert isinstance(limit, int)
-    return limit
+        """Operations per image of a step: see `operations`."""
+        return operations(self.model) if course is None else operations(self.model, course.solve, course.warm)
 
 
 def build(config: Config, stand_in: Source | None = None) -> Parts:

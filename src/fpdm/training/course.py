@@ -16,6 +16,8 @@ from fpdm.fixedpoint import (
     Tolerance,
     Unroll,
 )
+from fpdm.models import Denoiser
+from fpdm.sampling import operations_of
 from fpdm.training.config import GradientConfig
 
 IMPLICIT_LIMIT = 30  # iterations of either pass
@@ -68,9 +70,28 @@ class Courses:
 
 def differentiated(solve: Solve) -> range:
     """The iterates of a solve, from 1 to its last, that have a gradient."""
+    return solve.gradient.differentiated(most(solve))
+
+
+def operations(model: Denoiser, solve: Solve | None = None, warm: Solve | None = None) -> float:
+    """Operations per image of a training step, a backward pass counting as two forward ones; without the decoding of an
+    early exit, what checkpointing computes again, and the backward solve of the implicit method.
+
+    solve, warm  of a fixed point network; a tolerance counts with its limit
+    """
+    cost = operations_of(model)
+    if solve is None:
+        return 3 * cost.fixed
+    some = differentiated(solve)
+    begun = 0 if warm is None else cost.passes(most(warm))
+    return 3 * cost.passes(len(some)) + cost.per_iteration * (some[0] - 1) + begun
+
+
+def most(solve: Solve) -> int:
+    """The most iterations that the stopping rule of a solve allows any sample."""
     limit = solve.stopping.limit
     assert isinstance(limit, int)
-    return solve.gradient.differentiated(limit)
+    return limit
 
 
 def begun_by(stopping: Stopping, iterations: int) -> Stopping:

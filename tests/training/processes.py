@@ -1,0 +1,64 @@
+"""Real processes without the seconds that imports take: forked from a server that has imported all that training needs.
+
+They are processes as any others: they can be killed, and form process groups.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "diffusers", "fpdm.training.loop", "fpdm.pipeline", "fpdm.cli.main"])
+
+
+def start(function: Callable[..., Any], *arguments: Any, said: Path, rank: int = 0, ranks: int = 1, port: int = 0) -> BaseProcess:
+    """Call `function` in a process of its own, whose output goes to `said`."""
+    process = CONTEXT.Process(target=_call, args=(function, arguments, str(said), rank, ranks, port))
+    process.start()
+    return process
+
+
+def together(function: Callable[..., Any], *arguments: Any, said: Path, ranks: int = 2, seconds: float = 240) -> list[int]:
+    """Call `function` in processes that form a group; their exit statuses."""
+    port = free_port()
+    processes = [start(function, *arguments, said=said.with_suffix(f".{rank}"), rank=rank, ranks=ranks, port=port)
+                 for rank in range(ranks)]  # fmt: skip
+    for process in processes:
+        process.join(seconds)
+        process.kill()  # what is done does not mind
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...], said: str, rank: int, ranks: int, port: int) -> None:
+    with open(said, "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    if ranks > 1:
+        group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in group.items()}, MASTER_ADDR="localhost")
+    sys.exit(function(*arguments))
+
+
+def command(words: list[str]) -> int:
+    """`fpdm WORDS`, in this process."""
+    import signal
+
+    import torch
+
+    from fpdm.cli.main import main
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a fork server ignores
+    return main(words)
