@@ -68,7 +68,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "+ linear forecast": {**PLAIN, "iterations": 2, "reuse": "linear"},
     "or quadratic forecast": {**PLAIN, "iterations": 2, "reuse": "quadratic"},
     "linear forecast, Anderson": {**PLAIN, "iterations": 2, "reuse": "linear", "solver": "anderson:2"},
-    "reuse, UniPC: 3 or 4 iterations": {**PLAIN, "scheduler": "unipc", "reuse": "plain"},
+    "reuse, UniPC: 2 to 4 iterations": {**PLAIN, "scheduler": "unipc", "reuse": "plain"},
     "tuned": {"tuned": True},
 }
 

@@ -1,0 +1,55 @@
+"""Draw the plots of the docs that come from kept results.
+
+python scripts/write_plots.py          writes docs/images/solver_images.png
+"""
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).parents[1]
+LADDERS = {"digits": "2026-11-23-ladder-digits", "Fashion-MNIST": "2026-11-23-ladder-fashion"}
+SOLVERS, COUNTS, BUDGETS = {"picard": "o", "anderson:2": "s", "broyden": "^"}, (2, 4, 8), {40: "C0", 80: "C1"}
+
+
+def distances(folder: str) -> dict[tuple[int, str, int], list[float]]:
+    """The Frechet distances over seeds, by budget, solver and iterations: plain reuse under DPM-Solver++."""
+    found: dict[tuple[int, str, int], list[float]] = {}
+    for path in sorted((ROOT / "benchmarks/results" / folder / "points").glob("*.json")):
+        point: dict[str, Any] = json.loads(path.read_text())
+        if (point["scheduler"], point["reuse"], point["tuned"]) == ("dpm++", "plain", False):
+            key = (point["budget"], point["solver"], point["iterations"])
+            found.setdefault(key, []).append(point["evaluation"]["measures"][0]["value"])
+    return found
+
+
+def solver_images(path: Path) -> None:
+    """Image quality by iterations per timestep, a line per solver and budget, a panel per model."""
+    figure, axes = plt.subplots(1, len(LADDERS), figsize=(11, 4.2), layout="constrained")
+    for axis, (name, folder) in zip(axes, LADDERS.items(), strict=True):
+        found = distances(folder)
+        for budget, colour in BUDGETS.items():
+            for place, (solver, marker) in enumerate(SOLVERS.items()):
+                values = [found[budget, solver, n] for n in COUNTS]
+                means = [mean(some) for some in values]
+                spread = [[m - min(some) for m, some in zip(means, values, strict=True)],
+                          [max(some) - m for m, some in zip(means, values, strict=True)]]  # fmt: skip
+                places = [n * (1 + 0.03 * (place - 1)) for n in COUNTS]
+                look = {"marker": marker, "color": colour, "alpha": 1 - 0.25 * place, "linewidth": 1, "capsize": 2}
+                axis.errorbar(places, means, spread, label=f"{solver}, {budget} passes", **look)
+        axis.set(title=name, xlabel="iterations per timestep", ylabel="FD-classifier, lower is better", xscale="log")
+        axis.set_xticks(COUNTS, [str(n) for n in COUNTS])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[-1].legend(fontsize=8)
+    figure.savefig(path, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    solver_images(ROOT / "docs/images/solver_images.png")
