@@ -1,7 +1,9 @@
 """Which devices are there, and which processes share the work."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -23,6 +25,23 @@ class Processes:
         """Until all are here."""
         if self.count > 1:
             torch.distributed.barrier()
+
+    def first(self, work: Callable[[], Any]) -> None:
+        """Have the main process do something that may be refused, the others waiting. Where it is refused, the main one
+        raises what it was, and the others end without a word."""
+        refusal: Exception | None = None
+        if self.main:
+            try:
+                work()
+            except (ValueError, OSError) as error:
+                refusal = error
+        if self.count > 1:
+            told = [refusal is not None]
+            torch.distributed.broadcast_object_list(told, src=0)
+            if told[0] and not self.main:
+                raise SystemExit(2)
+        if refusal is not None:
+            raise refusal
 
 
 def pick_device(name: str) -> str:

@@ -130,12 +130,14 @@ def draw_missing(
         **choices.to_dict(),
     }
     with ExitStack() as stack:
-        if processes.main:
+
+        def begin() -> None:
             out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(hold(out))
             _claim(out, request)
             _collect(out)
-        processes.wait()
+
+        processes.first(begin)
         _draw(pipe, out, count, labels, batch_size, choices, on_batch, processes)
         processes.wait()
         if processes.main:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -62,11 +64,27 @@ def test_a_launcher_s_processes_draw_what_one_does_and_tell_it_once(models, alon
 
 
 def test_more_processes_than_images_are_of_no_harm(models, alone, tmp_path, capfd):
-    assert together(command(models["looped"], tmp_path), COUNT + 1) == [0] * (COUNT + 1)
+    assert together([*command(models["looped"], tmp_path), "--num-images", "2"], 3) == [0] * 3
+    found = images_in(tmp_path)
+    assert {name: found[name] for name in ("000000.png", "000001.png")}.items() <= alone[0].items()
+    assert report_of(tmp_path)["images"] == 2
+    said = capfd.readouterr().out
+    assert said.count("per image") == said.count("2 images in") == 1
+
+
+def test_a_process_that_comes_late_takes_the_same_share(models, alone, tmp_path):
+    read = drawing._drawn
+
+    def late(index):
+        def reading(path):
+            time.sleep(index)
+            return read(path)
+
+        drawing._drawn = reading
+
+    assert together(command(models["looped"], tmp_path), 2, late) == [0, 0]
     assert images_in(tmp_path) == alone[0]
     assert report_of(tmp_path) == alone[1]
-    said = capfd.readouterr().out
-    assert said.count("per image") == said.count(f"{COUNT} images in") == 1
 
 
 @pytest.mark.parametrize("label", ["looped", "plain"])
@@ -121,46 +139,48 @@ def test_killed_in_the_middle_and_gone_on_with_is_as_undisturbed(places, count, 
 
 def test_killed_again_and_again_is_as_undisturbed(models, alone, tmp_path):
     words = command(models["looped"], tmp_path)
-    for places in ((1, 0), (0, 1), (3, 0)):
+    for places in ((1, 1), (3, 0)):
         assert -signal.SIGKILL in together(words, 2, killed_at(*places))
     assert main(words) == 0
     assert images_in(tmp_path) == alone[0]
     assert report_of(tmp_path) == alone[1]
 
 
-def part_of(models, out):
-    """A folder that processes left, with a part of a report in it; the part."""
+@pytest.fixture(scope="module")
+def left(models, tmp_path_factory):
+    """A folder as two processes left it that both were killed, with a part of a report in it."""
+    out = tmp_path_factory.mktemp("left")
     for process in start(command(models["looped"], out), 2, killed_at(3, 2)):
         process.join(60)
         assert process.exitcode == -signal.SIGKILL
-    (part,) = out.glob(".report-*.json")
-    return part
+    return out
 
 
-def test_parts_of_a_report_are_collected_and_their_images_not_drawn_again(models, alone, tmp_path):
-    part = part_of(models, tmp_path)
-    covered = [set(json.loads(path.read_text())["images"]) for path in (part, tmp_path / "report.json")]
+@pytest.fixture
+def begun(left, tmp_path):
+    return shutil.copytree(left, tmp_path / "begun")
+
+
+def test_parts_of_a_report_are_collected_and_their_images_not_drawn_again(models, alone, begun):
+    covered = [set(json.loads((begun / name).read_text())["images"]) for name in ("report.json", ".report-1.json")]
     assert all(covered)
     assert not covered[0] & covered[1]
-    drawn = {i: (tmp_path / f"{i:06d}.png").stat().st_mtime_ns for i in covered[0] | covered[1]}
-    assert main(command(models["looped"], tmp_path)) == 0
-    assert drawn == {i: (tmp_path / f"{i:06d}.png").stat().st_mtime_ns for i in drawn}
-    assert report_of(tmp_path) == alone[1]
+    times = {i: (begun / f"{i:06d}.png").stat().st_mtime_ns for i in covered[0] | covered[1]}
+    assert main(command(models["looped"], begun)) == 0
+    assert times == {i: (begun / f"{i:06d}.png").stat().st_mtime_ns for i in times}
+    assert report_of(begun) == alone[1]
 
 
-def test_a_part_that_was_taken_before_its_file_was_removed_counts_once(models, alone, tmp_path):
-    part = part_of(models, tmp_path)
-    kept = part.read_bytes()
-    assert main(command(models["looped"], tmp_path)) == 0
-    part.write_bytes(kept)
-    assert main(command(models["looped"], tmp_path)) == 0
-    assert report_of(tmp_path) == alone[1]
+def test_a_part_that_was_taken_before_its_file_was_removed_counts_once(models, alone, left, begun):
+    assert main(command(models["looped"], begun)) == 0
+    shutil.copy(left / ".report-1.json", begun)
+    assert main(command(models["looped"], begun)) == 0
+    assert report_of(begun) == alone[1]
 
 
-def test_a_damaged_part_is_named(models, tmp_path, capsys):
-    part = part_of(models, tmp_path)
-    part.write_text('{"images": [1]')
-    assert str(part) in refusal(capsys, command(models["looped"], tmp_path))
+def test_a_damaged_part_is_named(models, begun, capsys):
+    (begun / ".report-1.json").write_text('{"images": [1]')
+    assert str(begun / ".report-1.json") in refusal(capsys, command(models["looped"], begun))
 
 
 # Gone on with on purpose

@@ -168,7 +168,6 @@ def test_an_autoencoder_that_is_gone_is_asked_for_and_taken_wherever_it_is(image
 SCALE = "only weights are compared: training scales by the index, the model folder by the autoencoder named"
 
 
-@pytest.mark.xfail(strict=True, reason=SCALE)
 @pytest.mark.parametrize("changed", ["scaling_factor", "shift_factor"])
 def test_a_model_undoes_the_scale_and_shift_that_it_was_trained_with(changed, latents, vae, tmp_path):
     folder = shutil.copytree(vae, tmp_path / "vae")

@@ -55,12 +55,14 @@ def run(options: argparse.Namespace) -> int:
         options.batch_size,
         process=(processes.index, processes.count),
     )
-    if processes.main:
+    locks = []
+
+    def begin() -> None:
         out.mkdir(parents=True, exist_ok=True)
-        lock = hold(out)  # until this process ends
-        assert lock
+        locks.append(hold(out))  # until this process ends
         encoder.claim()
-    processes.wait()
+
+    processes.first(begin)
     with tqdm(total=len(source) // processes.count, unit="image", disable=not processes.main) as bar:
         encoder.on_image = bar.update
         encoder.run()

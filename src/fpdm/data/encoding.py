@@ -33,10 +33,19 @@ def open_autoencoder(name: str) -> tuple[AutoencoderKL, Autoencoder]:
         vae = AutoencoderKL.from_pretrained(inside if inside.is_dir() else name)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"the autoencoder {name} cannot be opened: {error}") from error
+    if any(weight.is_meta for weight in vae.state_dict().values()):
+        raise ValueError(f"{name} holds another network than an AutoencoderKL: weights are missing")
     scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor") or 0.0
     if not scale:
         raise ValueError(f"the autoencoder {name} tells no scaling_factor, by which its latents are near unit variance")
     return vae.eval(), Autoencoder(name, digest(vae), float(scale), float(shift))
+
+
+def known(vae: AutoencoderKL | None) -> list[str | float] | None:
+    """What makes an autoencoder the same one: see `Autoencoder.known_by`."""
+    if vae is None:
+        return None
+    return [digest(vae), float(vae.config.scaling_factor), float(vae.config.get("shift_factor") or 0.0)]
 
 
 @dataclass
@@ -66,9 +75,8 @@ class Encoder:
             raise ValueError(
                 f"image size {self.size} is not a multiple of {reduction}, by which the autoencoder shrinks"
             )
-        if self.vae.config.in_channels != self.source.channels:
-            takes = self.vae.config.in_channels
-            raise ValueError(f"the autoencoder takes {takes} channels, and the images have {self.source.channels}")
+        if self.vae.config.in_channels not in (1, 3):
+            raise ValueError(f"the autoencoder takes {self.vae.config.in_channels} channels; images have 1 or 3")
         self.shards = range(-(-len(self.source) // SHARD))
 
     @property
@@ -77,7 +85,8 @@ class Encoder:
         return {
             "format": FORMAT,
             "images": self.source.fingerprint,
-            "autoencoder": self.autoencoder.digest,
+            "autoencoder": self.autoencoder.known_by,
+            "dtype": str(self.vae.dtype).removeprefix("torch."),
             "size": self.size,
             "mirrored": self.mirrored,
         }
@@ -89,6 +98,8 @@ class Encoder:
             changed = ", ".join(key for key, value in self.request.items() if old.get(key) != value)
             raise ValueError(f"{self.out} holds latents of something else ({changed}): choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
+        for torn in self.out.glob(".latents-*.writing"):  # of a process that was killed
+            torn.unlink()
         write_json(path, self.request)
 
     @torch.no_grad()
@@ -100,7 +111,8 @@ class Encoder:
             if not self._is_done(number):
                 path = self.out / NAME.format(number)
                 tensors, broken = self._encoded(images)
-                about = {"request": json.dumps(self.request, sort_keys=True), "broken": json.dumps(broken)}
+                # One entry, as safetensors writes several in any order, and equal shards are to be equal files.
+                about = {"about": json.dumps({"request": self.request, "broken": broken}, sort_keys=True)}
                 write_aside(path, lambda aside: save_file(tensors, aside, about))  # noqa: B023
             self.on_image(len(images))
 
@@ -112,7 +124,7 @@ class Encoder:
             with safe_open(path, "pt") as file:
                 found = file.get_tensor("labels").tolist()
                 shape = file.get_slice("mean").get_shape()[1:]
-                broken += json.loads(file.metadata()["broken"])
+                broken += json.loads(file.metadata()["about"])["broken"]
             labels += found
             shards.append({"file": path.name, "images": len(found), "sha256": checksum(path)})
         if not labels:
@@ -132,7 +144,7 @@ class Encoder:
 
     def _is_done(self, number: int) -> bool:
         with suppress(OSError, SafetensorError), safe_open(self.out / NAME.format(number), "pt") as file:
-            return (file.metadata() or {}).get("request") == json.dumps(self.request, sort_keys=True)
+            return json.loads((file.metadata() or {}).get("about", "{}")).get("request") == self.request
         return False
 
     def _encoded(self, numbers: range) -> tuple[dict[str, Tensor], list[str]]:
@@ -147,7 +159,13 @@ class Encoder:
                 posterior = self.vae.encode(batch.to(self.vae.device, self.vae.dtype)).latent_dist
                 parts.setdefault(f"{name}mean", []).append(posterior.mean.half().cpu())
                 parts.setdefault(f"{name}std", []).append(posterior.std.half().cpu())
-        tensors = {name: torch.cat(some) for name, some in parts.items()}
+        # Contiguous: after attention an autoencoder has channels last, which safetensors does not save.
+        tensors = {name: torch.cat(some).contiguous() for name, some in parts.items()}
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError(
+                f"of images {numbers[0]} to {numbers[-1]} the autoencoder makes latents that are not finite in float16: "
+                "take --dtype float32, or another one"
+            )
         return {**(tensors or self._nothing()), "labels": torch.tensor(labels, dtype=torch.int64)}, broken
 
     def _nothing(self) -> dict[str, Tensor]:
@@ -164,6 +182,7 @@ class Encoder:
                 broken.append(str(error))
                 continue
             labels.append(label)
+            image = image.convert("L" if self.vae.config.in_channels == 1 else "RGB")
             yield pixels(central(image, self.size)).float() / 127.5 - 1
 
 

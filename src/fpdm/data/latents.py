@@ -35,7 +35,7 @@ class Autoencoder:
     """Which autoencoder latents are of.
 
     name    the folder or hub name it was opened by
-    digest  of its weights, by which it is known wherever it lies
+    digest  of its weights
     scale   and `shift`: a network sees (latent - shift) scale
     """
 
@@ -43,6 +43,11 @@ class Autoencoder:
     digest: str
     scale: float
     shift: float
+
+    @property
+    def known_by(self) -> list[str | float]:
+        """What makes it the same one, wherever it lies."""
+        return [self.digest, self.scale, self.shift]
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,9 @@ class LatentFolder:
         if not (self.root / INDEX).is_file():
             begun = any(self.root.glob("latents-*.safetensors")) if self.root.is_dir() else False
             what = "is not complete: run the same `fpdm latents` again" if begun else f"holds no {INDEX}"
-            raise ValueError(f"{path} {what}; latents are made with `fpdm latents SOURCE --vae VAE --out {path}`")
+            raise ValueError(
+                f"{path} {what}. Latents are made with `fpdm latents IMAGES --vae VAE --out FOLDER`: name that FOLDER"
+            )
         index: dict[str, Any] = read_json(self.root / INDEX)
         if index.get("format") != FORMAT:
             raise ValueError(f"{self.root / INDEX} is of format {index.get('format')}, not {FORMAT}: make it anew")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fpdm.data.arrays import SPLITS, digits, holds_idx, idx_folder, npz_file
 from fpdm.data.hub import hub_images
+from fpdm.data.latents import holds_latents
 from fpdm.data.shards import COMPRESSED, URLS, Shards, tars_in
 from fpdm.data.sources import EXTENSIONS, ImageFolder, Source
 from fpdm.names import unknown
@@ -35,6 +36,8 @@ def open_images(place: str, channels: int = 3, split: str = "train", kind: str =
     """
     if kind not in KINDS:
         raise ValueError(unknown("kind of data", kind, KINDS))
+    if holds_latents(Path(place)):
+        raise ValueError(f"{place} holds cached latents, which only training reads, with --source latents")
     looks = kind_of(place)
     meant = looks if kind == "auto" else kind
     if meant != "datasets":

@@ -15,7 +15,7 @@ from fpdm.data import (
     holds_latents,
     open_images,
 )
-from fpdm.data.encoding import open_autoencoder
+from fpdm.data.encoding import known, open_autoencoder
 from fpdm.data.stream import Prepare
 from fpdm.diffusion import DiffusionLoss, make_schedule
 from fpdm.files import model_folder
@@ -26,7 +26,6 @@ from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.training.config import Config, DataConfig, GradientConfig, ModelConfig
 from fpdm.training.course import Course, Courses, differentiated, make_courses, operations
 from fpdm.training.validation import split
-from fpdm.weights import digest
 
 FIRST_LOOK = 100  # images tried before a data set counts as unreadable
 # Settings that have an effect only where another has such a value; "!none" is any but that.
@@ -149,7 +148,7 @@ def open_vae(config: DataConfig, source: LatentFolder) -> AutoencoderKL:
         raise ValueError(
             f"{error}. The latents in {config.data} were made with it: say where it is with --vae"
         ) from error
-    if found.digest != source.autoencoder.digest:
+    if found.known_by != source.autoencoder.known_by:
         raise ValueError(
             f"{name} is another autoencoder than the one that made the latents in {config.data}, "
             f"{source.autoencoder.name}: name that one with --vae"
@@ -213,7 +212,7 @@ def load_pretrained(model: Denoiser, folder: str, source: Source, vae: Autoencod
     Raises ValueError if the networks differ in anything else, naming the settings, or the autoencoders do.
     """
     pipeline = FixedPointDiTPipeline.from_pretrained(model_folder(folder))
-    if (pipeline.vae is None) != (vae is None) or (vae is not None and digest(pipeline.vae) != digest(vae)):
+    if known(pipeline.vae) != known(vae):
         has = "no autoencoder" if pipeline.vae is None else "an autoencoder of its own"
         raise ValueError(
             f"the model in {folder} has {has}, so its weights mean something else than these data: take latents of its "

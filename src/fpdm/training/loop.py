@@ -318,7 +318,9 @@ class Trainer:
 
     @contextmanager
     def _tracker(self) -> Iterator[None]:
-        self.accelerator.init_trackers("fpdm" if self.config.run.tracker == "wandb" else "tensorboard")
+        project = "fpdm" if self.config.run.tracker == "wandb" else "tensorboard"
+        kept = {"wandb": {"dir": str(self.dir.path), "name": self.dir.path.name}}
+        self.accelerator.init_trackers(project, init_kwargs=kept)
         try:
             yield
         finally:
