@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from functools import partial
 
 import pytest
 
@@ -28,7 +29,7 @@ def whole(tmp_path_factory):
 
 
 def train(path, hang=None):
-    """Train, and hang once a file whose name begins with `hang`, and at least 20 steps of log, are written."""
+    """Train; in the middle of the first checkpoint, once a file whose name begins with `hang` is written, hang."""
     import time
 
     import torch
@@ -65,37 +66,43 @@ def assert_same(one, other):
     assert (one / weights).read_bytes() == (other / weights).read_bytes()
 
 
-def killed(process):
+def killed_once(condition, path, said, hang=None):
+    """Train until `condition`, and kill."""
+    process = start(train, str(path), hang, said=said)
+    wait_for(lambda: not process.is_alive() or condition())
+    if hang is None:
+        process.join(random.uniform(0, 0.15))  # somewhere in a step, a look or a checkpoint
     os.kill(process.pid, signal.SIGKILL)
     process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode == -signal.SIGKILL, said.read_text()
 
 
-def test_killed_four_times_and_once_while_it_writes(whole, tmp_path):
-    path, chance = tmp_path / "run", random.Random(0)
-    log = path / "log.jsonl"
-    for i in range(4):
-        lines = log.read_text().count("\n") if log.is_file() else 0
-        process = start(train, str(path), said=tmp_path / f"said-{i}")
-        wait_for(lambda lines=lines: not process.is_alive() or (log.is_file() and log.read_text().count("\n") > lines))
-        process.join(chance.uniform(0, 0.15))  # somewhere in a step, a look or a checkpoint
-        killed(process)
+def test_killed_four_times_anywhere_and_twice_in_a_checkpoint(whole, tmp_path):
+    path, said = tmp_path / "run", tmp_path / "said"
+    checkpointed, log = path / "checkpoints", path / "log.jsonl"
+
+    def lines():
+        return log.read_text().count("\n") if log.is_file() else 0
+
+    random.seed(0)
+    for _ in range(4):
+        wanted = lines() + 1
+        killed_once(partial(lambda wanted: lines() >= wanted, wanted), path, said)
     for name in ("weights", "optimizer"):
-        process = start(train, str(path), name, said=tmp_path / f"said-{name}")
-        wait_for(lambda: not process.is_alive() or list((path / "checkpoints").glob(".step-*.writing/hanging")))
-        before = checkpoints.all_steps(path / "checkpoints")
-        killed(process)
-        assert checkpoints.all_steps(path / "checkpoints") == before
-    process = start(train, str(path), said=tmp_path / "said")
+        before = checkpoints.all_steps(checkpointed)
+        killed_once(lambda: list(checkpointed.glob(".step-*.writing/hanging")), path, said, name)
+        assert checkpoints.all_steps(checkpointed) == before
+    process = start(train, str(path), said=said)
     process.join(120)
-    assert process.exitcode == 0, (tmp_path / "said").read_text()
+    assert process.exitcode == 0, said.read_text()
     assert_same(whole, path)
-    assert sorted(file.name for file in (path / "checkpoints").iterdir()) == ["step-00000036", "step-00000040"]
+    assert sorted(file.name for file in checkpointed.iterdir()) == ["step-00000036", "step-00000040"]
 
 
 WORDS = [
-    "train", "digits", "--hidden-size", "16", "--num-heads", "2", "--patch-size", "4", "--batch-size", "8", "--log-every",
-    "1", "--checkpoint-every", "50", "--no-grad-max", "2", "--with-grad-max", "2", "--lr-schedule", "constant",
+    "train", "digits", "--hidden-size", "16", "--num-heads", "2", "--patch-size", "4", "--batch-size", "8",
+    "--log-every", "1", "--checkpoint-every", "50", "--no-grad-max", "2", "--with-grad-max", "2",
+    "--lr-schedule", "constant",
 ]  # fmt: skip
 
 
@@ -103,7 +110,7 @@ def test_sigterm_saves_and_ends_and_the_same_command_goes_on(tmp_path):
     path = tmp_path / "runs/digits"
     words = [*WORDS, "--steps", "100000", "--runs-dir", str(tmp_path / "runs")]
     reached = []
-    for i in range(2):
+    for _ in range(2):
         lines = 3 + (reached[-1] if reached else 0)
         process = start(command, words, said=tmp_path / "said")
         wait_for(lambda lines=lines: (path / "log.jsonl").is_file() and len(log_of(path)) >= lines)
@@ -112,7 +119,7 @@ def test_sigterm_saves_and_ends_and_the_same_command_goes_on(tmp_path):
         assert process.exitcode == 130
         assert f"Saved at step {checkpoints.all_steps(path / 'checkpoints')[-1]}" in (tmp_path / "said").read_text()
         reached.append(checkpoints.all_steps(path / "checkpoints")[-1])
-        assert [line["step"] for line in log_of(path)] == list(range(1, reached[-1] + 1)), i
+        assert [line["step"] for line in log_of(path)] == list(range(1, reached[-1] + 1))
     assert reached[1] >= reached[0] + 3
 
 

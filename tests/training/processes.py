@@ -12,18 +12,25 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+ROOT = str(Path(__file__).parents[2])
+if ROOT not in sys.path:
+    sys.path.append(ROOT)  # where the processes find what they are to call, however pytest was started
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "diffusers", "fpdm.training.loop", "fpdm.pipeline", "fpdm.cli.main"])
 
 
-def start(function: Callable[..., Any], *arguments: Any, said: Path, rank: int = 0, ranks: int = 1, port: int = 0) -> BaseProcess:
-    """Call `function` in a process of its own, whose output goes to `said`."""
-    process = CONTEXT.Process(target=_call, args=(function, arguments, str(said), rank, ranks, port))
+def start(
+    function: Callable[..., Any], *arguments: Any, said: Path, rank: int = 0, ranks: int = 1, port: int = 0
+) -> BaseProcess:
+    """Call `function` in a process of its own, which outlives no test session; its output goes to `said`."""
+    process = CONTEXT.Process(target=_call, args=(function, arguments, str(said), rank, ranks, port), daemon=True)
     process.start()
     return process
 
 
-def together(function: Callable[..., Any], *arguments: Any, said: Path, ranks: int = 2, seconds: float = 240) -> list[int]:
+def together(
+    function: Callable[..., Any], *arguments: Any, said: Path, ranks: int = 2, seconds: float = 240
+) -> list[int]:
     """Call `function` in processes that form a group; their exit statuses."""
     port = free_port()
     processes = [start(function, *arguments, said=said.with_suffix(f".{rank}"), rank=rank, ranks=ranks, port=port)
@@ -41,7 +48,9 @@ def free_port() -> int:
         return found.getsockname()[1]
 
 
-def _call(function: Callable[..., Any], arguments: tuple[Any, ...], said: str, rank: int, ranks: int, port: int) -> None:
+def _call(
+    function: Callable[..., Any], arguments: tuple[Any, ...], said: str, rank: int, ranks: int, port: int
+) -> None:
     with open(said, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

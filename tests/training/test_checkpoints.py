@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import subprocess
+from contextlib import suppress
 
 import pytest
 import torch
@@ -62,10 +63,8 @@ def test_a_flipped_bit_anywhere_in_the_state_is_noticed(whole, tmp_path):
         data = bytearray(before)
         data[place] ^= 1
         file.write_bytes(data)
-        try:
+        with suppress(ValueError, OSError):
             assert checkpoints.read(folder, 10)[1] == state, f"byte {place}"
-        except (ValueError, OSError):
-            pass
 
 
 @pytest.mark.parametrize("name", FILES[:3])
@@ -109,7 +108,7 @@ def test_a_run_of_an_earlier_version_is_taken_for_the_same(copied):
     Trainer(tiny(), copied)
     config = read_json(copied / "config.json")
     assert config["gradient"]["exit_loss"] == "none"
-    with pytest.raises(ValueError, match="another run: warm_share was 0.0, is 0.5"):
+    with pytest.raises(ValueError, match=r"another run: warm_share was 0\.0, is 0\.5"):
         Trainer(tiny(warm_share=0.5), copied)
 
 
@@ -251,7 +250,7 @@ def test_a_disk_that_is_really_full(on_full_disk, small_disk, whole, monkeypatch
             (small_disk / "filler").unlink()
 
     monkeypatch.setattr(Trainer, "_one_step", filling)
-    config = tiny(checkpoint_every=4, on_full_disk=on_full_disk)
+    config = tiny(checkpoint_every=4, keep_checkpoints=2, on_full_disk=on_full_disk)
     if on_full_disk == "stop":
         with pytest.raises(OSError, match=r"the checkpoint of step 8 cannot be written.*Earlier ones are kept"):
             Trainer(config, path).run()

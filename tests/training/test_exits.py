@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from fpdm.data import Stream
 from fpdm.data.stream import collate
@@ -14,6 +15,12 @@ from fpdm.training.draws import draw
 from fpdm.training.loop import Trainer
 from tests.networks import randomised
 from tests.training.runs import tiny
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """accelerate settles precision and device once per process; here each run is to choose anew."""
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -172,6 +179,17 @@ def test_a_warm_start_changes_the_gradients_as_its_solution_says(trainer_of, mon
     trainer.parts.loss(output.sample, batch_of(trainer).images, chance.noise, chance.timesteps).total.mean().backward()
     for name, parameter in trainer.net.named_parameters():
         torch.testing.assert_close(warm[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_warm_start_in_half_precision_takes_no_gradient_away(trainer_of):
+    """Autocast keeps the casts of the weights that the iterations without gradient were made with."""
+    trainer = trainer_of(warm_share=1.0, mixed_precision="bf16")
+    found, _ = gradients(trainer)  # which has one of each parameter
+    trainer.accelerator.native_amp = False
+    whole, _ = gradients(trainer)
+    for name, gradient in whole.items():
+        if gradient.norm() > 1e-6:
+            assert torch.nn.functional.cosine_similarity(found[name].flatten(), gradient.flatten(), 0) > 0.9, name
 
 
 def labels_of(trainer):

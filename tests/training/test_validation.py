@@ -68,9 +68,9 @@ def test_the_seed_says_which_are_held_out():
 
 def test_more_than_half_is_not_held_out(tmp_path):
     assert split(Numbers(20), 10, 0)[1] is not None
-    with pytest.raises(ValueError, match="holdout is 11.*half of the 20 images"):
+    with pytest.raises(ValueError, match=r"holdout is 11.*half of the 20 images"):
         split(Numbers(20), 11, 0)
-    with pytest.raises(ValueError, match="holdout is 899.*1797"):
+    with pytest.raises(ValueError, match=r"holdout is 899.*1797"):
         Trainer(tiny(holdout=899), tmp_path / "run")
 
 

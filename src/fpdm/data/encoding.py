@@ -162,10 +162,8 @@ class Encoder:
         # Contiguous: after attention an autoencoder has channels last, which safetensors does not save.
         tensors = {name: torch.cat(some).contiguous() for name, some in parts.items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
-            raise ValueError(
-                f"of images {numbers[0]} to {numbers[-1]} the autoencoder makes latents that are not finite in float16: "
-                "take --dtype float32, or another one"
-            )
+            which = f"images {numbers[0]} to {numbers[-1]}"
+            raise ValueError(f"the latents of {which} are not finite in float16: take --dtype float32, or another --vae")
         return {**(tensors or self._nothing()), "labels": torch.tensor(labels, dtype=torch.int64)}, broken
 
     def _nothing(self) -> dict[str, Tensor]:
