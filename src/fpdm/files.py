@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from fpdm.names import nearest
 
+PROBE = 0.5  # seconds; one that only looks whether a folder is held is gone by then
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 
@@ -80,7 +81,7 @@ def hold(folder: Path) -> AcquireReturnProxy:
     Raises ValueError if another command is at work there.
     """
     try:
-        return FileLock(folder / ".lock", is_singleton=True).acquire(timeout=0)
+        return FileLock(folder / ".lock", is_singleton=True).acquire(timeout=PROBE)
     except Timeout:
         raise ValueError(f"another command is at work in {folder}: let it end, or choose another folder") from None
 

@@ -202,3 +202,15 @@ def test_the_cost_of_a_course_counts_its_warm_start(trainer_of):
     solve = Solve(stopping=FixedIterations(0), gradient=MultiStepJacobianFree(0, 2))
     cold, warm = (parts.operations(Course(solve, warm)) for warm in (None, Solve(stopping=FixedIterations(3))))
     assert warm > cold
+
+
+def test_every_implicit_step_has_an_exit_that_is_an_earlier_iterate(trainer_of):
+    trainer = trainer_of(gradient="implicit", exit_loss="target")
+    trainer.net.core.inject_z.weight.data.mul_(0.1)  # so that it converges soon
+    batch = batch_of(trainer)
+    t = torch.arange(8) * 100
+    for step in range(40):
+        with torch.no_grad():
+            output = trainer.net(batch.images, t, batch.labels, solve=trainer.parts.course(step).solve)
+        (exit,) = output.exits.values()
+        assert not torch.equal(exit, output.sample)

@@ -163,7 +163,9 @@ class Encoder:
         tensors = {name: torch.cat(some).contiguous() for name, some in parts.items()}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             which = f"images {numbers[0]} to {numbers[-1]}"
-            raise ValueError(f"the latents of {which} are not finite in float16: take --dtype float32, or another --vae")
+            raise ValueError(
+                f"the latents of {which} are not finite in float16: take --dtype float32, or another --vae"
+            )
         return {**(tensors or self._nothing()), "labels": torch.tensor(labels, dtype=torch.int64)}, broken
 
     def _nothing(self) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Checkpoints: safetensors for tensors, JSON for the rest, written aside and renamed, so that none is ever half there.
 
-checkpoints/step-00001000/weights.safetensors, ema.safetensors, optimizer.safetensors, state.json
+checkpoints/step-00001000/weights.safetensors, ema.safetensors, optimizer.safetensors, state.json, checksums.json
 
-state.json is written last and holds the SHA-256 of the others, so that a file that was damaged later is known.
+The last one holds the SHA-256 of the others, so that a file that was damaged later is known.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from fpdm.training.devices import like, whole
 NAME = "step-{:08d}"
 TENSORS = ("weights", "ema", "optimizer")
 FILES = (*(f"{name}.safetensors" for name in TENSORS), "state.json")
+CHECKSUMS = "checksums.json"  # which earlier versions did not write
 Tensors = dict[str, dict[str, Tensor]]
 
 
@@ -44,15 +45,15 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep:
     def write(aside: Path) -> None:
         for name, named in tensors.items():
             save_file(named, aside / f"{name}.safetensors")
-        sums = {path.name: checksum(path) for path in aside.iterdir()}
-        write_json(aside / "state.json", {"step": step, **state, "sha256": sums})
+        write_json(aside / "state.json", {"step": step, **state})
+        write_json(aside / CHECKSUMS, {path.name: checksum(path) for path in aside.iterdir()})
 
     try:
         replace_folder(folder / NAME.format(step), write)
     except (OSError, SafetensorError) as error:
         raise OSError(f"the checkpoint of step {step} cannot be written: {error}. Earlier ones are kept") from error
-    for old in all_steps(folder)[:-keep]:
-        shutil.rmtree(folder / NAME.format(old), ignore_errors=True)
+    for old in (*(folder / NAME.format(step) for step in all_steps(folder)[:-keep]), *folder.glob(".step-*")):
+        shutil.rmtree(old, ignore_errors=True)  # those with a dot were left by a process that was killed
 
 
 def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
@@ -63,13 +64,13 @@ def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
     aside.mkdir(parents=True)
     try:
         write(aside)
+        for path in aside.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk others need the room
         raise
-    for path in aside.rglob("*"):
-        if path.is_file():
-            with path.open("rb+") as file:
-                os.fsync(file.fileno())
     if final.exists():
         final.rename(old)
     aside.rename(final)
@@ -86,12 +87,12 @@ def all_steps(folder: Path) -> list[int]:
 def read(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
     """The tensors and the state of one checkpoint. Raises ValueError or OSError if it is damaged."""
     path = folder / NAME.format(step)
-    state: dict[str, Any] = read_json(path / "state.json")
-    for name, wanted in state.get("sha256", {}).items():  # which earlier versions did not write
+    for name, wanted in (read_json(path / CHECKSUMS) if (path / CHECKSUMS).is_file() else {}).items():
         if checksum(path / name) != wanted:
             raise ValueError(f"{name} is not what was written")
     try:
-        return {name: load_file(path / f"{name}.safetensors") for name in TENSORS}, state
+        tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSORS}
+        return tensors, read_json(path / "state.json")
     except SafetensorError as error:
         raise ValueError(str(error)) from error
 

@@ -65,7 +65,7 @@ class GradientConfig:
     no_grad_max: int = option(10, "iterations without gradient: sjfb draws up to N, the others make N", least=0)
     with_grad_max: int = option(12, "iterations with gradient: sjfb draws up to M, the others make M", least=1)
     damping: float = option(0.5, "phantom: share of f(z) in a step with gradient", least=0, most=1)
-    tolerance: float = option(1e-3, "implicit: relative residual of both passes, which make 30 iterations at most")
+    tolerance: float = option(1e-3, "implicit: relative residual of the backward solve, of 30 iterations at most")
     exit_loss: str = option("none", "what a random earlier iterate is trained on", choices=("none", "target", "final"))
     exit_weight: float = option(1.0, "weight of the loss of that iterate", least=0)
     warm_share: float = option(

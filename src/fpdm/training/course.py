@@ -12,15 +12,13 @@ from fpdm.fixedpoint import (
     Phantom,
     Solve,
     StochasticJacobianFree,
-    Stopping,
-    Tolerance,
     Unroll,
 )
 from fpdm.models import Denoiser
 from fpdm.sampling import operations_of
 from fpdm.training.config import GradientConfig
 
-IMPLICIT_LIMIT = 30  # iterations of either pass
+IMPLICIT_LIMIT = 30  # iterations of its backward solve
 
 
 @dataclass(frozen=True)
@@ -39,15 +37,15 @@ class Course:
 class Courses:
     """All steps.
 
-    stopping    of the iterations without gradient, where the method has no counts of its own
+    stopping    of the iterations without gradient, where the method has no count of its own
     exits       whether an earlier iterate is decoded as well: one with a gradient where there is one
     warm_share  of the steps that start warm (latent self-conditioning, Jabri et al. 2023, for a fixed point). Their
                 iterations without gradient are made at the noisier timesteps; the implicit method, which needs a
-                solution, makes its own besides
+                solution, makes as many at its own besides
     """
 
     gradient: Gradient
-    stopping: Stopping
+    stopping: FixedIterations
     exits: bool = False
     warm_share: float = 0.0
 
@@ -57,7 +55,7 @@ class Courses:
         warm = None
         if self.warm_share and float(torch.rand((), generator=generator)) < self.warm_share:
             begun = differentiated(solve)[0] - 1
-            warm = Solve(stopping=begun_by(solve.stopping, max(1, begun)))
+            warm = Solve(stopping=FixedIterations(max(1, begun)))
             solve = after(solve)
         if self.exits:
             later = differentiated(solve)
@@ -77,7 +75,7 @@ def operations(model: Denoiser, solve: Solve | None = None, warm: Solve | None =
     """Operations per image of a training step, a backward pass counting as two forward ones; without the decoding of an
     early exit, what checkpointing computes again, and the backward solve of the implicit method.
 
-    solve, warm  of a fixed point network; a tolerance counts with its limit
+    solve, warm  of a fixed point network
     """
     cost = operations_of(model)
     if solve is None:
@@ -94,16 +92,11 @@ def most(solve: Solve) -> int:
     return limit
 
 
-def begun_by(stopping: Stopping, iterations: int) -> Stopping:
-    """How the solve at a noisier timestep stops: as the method's own does, or after as many iterations."""
-    return stopping if isinstance(stopping, Tolerance) else FixedIterations(iterations)
-
-
 def after(solve: Solve) -> Solve:
     """What is left of a solve after a warm start: no fixed number of iterations without gradient."""
     if isinstance(solve.gradient, MultiStepJacobianFree):
         solve = replace(solve, gradient=replace(solve.gradient, no_grad=0))
-    return solve if isinstance(solve.stopping, Tolerance) else replace(solve, stopping=FixedIterations(0))
+    return solve if isinstance(solve.gradient, Implicit) else replace(solve, stopping=FixedIterations(0))
 
 
 def make_courses(config: GradientConfig, num_core: int) -> Courses:
@@ -114,7 +107,6 @@ def make_courses(config: GradientConfig, num_core: int) -> Courses:
     ranges = StochasticJacobianFree((0, config.no_grad_max), (1, config.with_grad_max)).for_group(num_core)
     n, m = ranges.no_grad[1], ranges.with_grad[1]
     gradient: Gradient = ranges
-    stopping: Stopping = FixedIterations(n)
     match config.gradient:
         case "jfb":
             gradient = MultiStepJacobianFree(n, 1)
@@ -123,8 +115,7 @@ def make_courses(config: GradientConfig, num_core: int) -> Courses:
         case "phantom":
             gradient = Phantom(m, config.damping)
         case "implicit":
-            stopping = Tolerance(config.tolerance, IMPLICIT_LIMIT)
             gradient = Implicit(tolerance=config.tolerance, max_iterations=IMPLICIT_LIMIT)
         case "unroll":
             gradient = Unroll(m)
-    return Courses(gradient, stopping, config.exit_loss != "none", config.warm_share)
+    return Courses(gradient, FixedIterations(n), config.exit_loss != "none", config.warm_share)

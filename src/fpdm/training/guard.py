@@ -33,7 +33,9 @@ class Guard:
     """The verdicts of a run. All of its numbers are one tensor on the device, (5,): the mean of the norms, steps judged
     useful, useless ones in a row and the first of them, useless ones in all."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, patience: int):
+        """`patience` useless steps in a row are remembered until somebody looks."""
+        self.patience = patience
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.numbers = torch.zeros(5, device=device, dtype=dtype)
 
@@ -46,12 +48,16 @@ class Guard:
         bad = ~norm.isfinite() | ((seen >= MEMORY) & (norm > EXPLODED * mean))
         weight = 1 / (seen.clamp_max(MEMORY - 1) + 1)
         first = torch.where(bad & (in_a_row == 0), torch.full_like(first, step), first)
+        over = torch.where(in_a_row >= self.patience, in_a_row, 0.0)
+        in_a_row = torch.where(bad, in_a_row + 1, over)
         mean = mean.lerp(torch.where(bad, mean, norm), weight)
-        self.numbers = torch.stack([mean, seen + ~bad, torch.where(bad, in_a_row + 1, 0.0), first, skipped + bad])
+        self.numbers = torch.stack([mean, seen + ~bad, in_a_row, first, skipped + bad])
         return bad.float()
 
     def run_of_bad_steps(self) -> tuple[int, int]:
-        """How many steps in a row were left out up to now, and the first of them. Waits for the device."""
+        """How many steps in a row were left out, and the first of them: up to now, or when patience ended.
+
+        Waits for the device."""
         _, _, in_a_row, first, _ = self.numbers.tolist()
         return int(in_a_row), int(first)
 
@@ -63,4 +69,4 @@ class Guard:
         return self.numbers.tolist()
 
     def restore(self, state: Any) -> None:
-        self.numbers.copy_(torch.tensor(state))
+        self.numbers.copy_(torch.tensor(state, dtype=self.numbers.dtype))

@@ -49,8 +49,9 @@ def standing(path: Path) -> Standing:
 
 def _state(path: Path, steps: int) -> str:
     try:
-        with hold(path):
-            pass
+        if (path / ".lock").is_file():
+            with hold(path):
+                pass
     except ValueError:
         return "training"
     except OSError:
@@ -64,7 +65,7 @@ def _state(path: Path, steps: int) -> str:
 def numbers(log: Path) -> dict[str, Any]:
     """The last value of every number in a log; a torn line is passed over."""
     found: dict[str, Any] = {}
-    for line in log.read_text().splitlines() if log.is_file() else []:
+    for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:

@@ -78,7 +78,7 @@ class Trainer:
         )
         self.model = self.net if run.sharding == "fsdp" else self.accelerator.prepare(self.net)
         self.step = 0
-        self.meters, self.guard = Meters(METERS, device), Guard(device)
+        self.meters, self.guard = Meters(METERS, device), Guard(device, optimizer.skips)
         self.rollbacks = 0
         self.operations = 0.0  # of this process's steps since the last line of the log
         self.broken: list[str] = []

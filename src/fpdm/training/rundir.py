@@ -4,6 +4,7 @@ runs/NAME/config.json, log.jsonl, checkpoints/, samples/, pipeline/
 """
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,16 @@ class RunDir:
 
     def append_log(self, entry: dict[str, Any]) -> None:
         with self.log.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """`value` with null for numbers that JSON does not know: infinite ones, and those that are none."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_space(folder: Path, model: nn.Module, checkpoints: int) -> None:

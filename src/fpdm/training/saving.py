@@ -75,9 +75,10 @@ class Saver:
         if found is not None:
             tensors, state = found
             checkpoints.restore(tensors, run.net, run.ema.model, run.optimizer)
-            run.step, run.broken, run.rollbacks = state["step"], state["broken"], state["rollbacks"]
-            run.meters.restore(state["meters"])
-            run.guard.restore(state["guard"])
+            run.step, run.broken, run.rollbacks = state["step"], state["broken"], state.get("rollbacks", 0)
+            if "meters" in state:  # else an earlier version wrote it: the next line of the log covers fewer steps
+                run.meters.restore(state["meters"])
+                run.guard.restore(state["guard"])
         if self.accelerator.is_main_process:
             self.dir.cut_log(run.step)
         self.accelerator.wait_for_everyone()

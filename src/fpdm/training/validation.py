@@ -59,12 +59,12 @@ class Look:
     """What was seen.
 
     loss       mean squared error of the prediction over the held-out images; None without any
-    buckets    the same by timestep, ten ranges of equal width, cleanest first
+    buckets    the same by timestep, ten ranges of equal width, cleanest first; None for one without images
     residuals  |f(z) - z| / |f(z)| by iteration, medians over images of all timesteps; empty for an explicit network
     """
 
     loss: float | None
-    buckets: list[float]
+    buckets: list[float | None]
     residuals: list[float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +100,11 @@ class Validation:
             errors.append(self.loss(model(x_t, t, y, **counts).sample.float(), x0, noise, t).mse)
         found = torch.cat(errors).cpu() if errors else torch.empty(0)
         bucket = self.timesteps * BUCKETS // self.loss.num_timesteps
-        means = [float(found[bucket == b].mean()) for b in range(BUCKETS) if (bucket == b).any()] if errors else []
+        means = (
+            [float(found[bucket == b].mean()) if (bucket == b).any() else None for b in range(BUCKETS)]
+            if errors
+            else []
+        )
         return Look(float(found.mean()) if errors else None, means, self._residuals(model, device))
 
     def _residuals(self, model: Denoiser, device: torch.device) -> list[float]:
