@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -66,5 +67,6 @@ def join_processes(device: str) -> Processes:
         return Processes(device=device)
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    # Hours: one may wait for the others to end what they began.
+    state = PartialState(cpu=device == "cpu", timeout=timedelta(hours=24))
     return Processes(state.process_index, state.num_processes, str(state.device) if device == "cuda" else device)

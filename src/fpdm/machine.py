@@ -27,8 +27,8 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, rows: int, width: int,
     """Operations per second of a linear layer, `width` to 4 `width`, on so many rows: the rate that a transformer's
     blocks cannot exceed on this device. Two operations per multiply-add; the best of the runs that fit into `seconds`,
     at least three."""
-    x = torch.zeros(max(1, rows), width, device=device, dtype=dtype)
-    weight = torch.zeros(width, 4 * width, device=device, dtype=dtype)
+    x = torch.randn(max(1, rows), width, device=device, dtype=dtype)  # of zeros a GPU makes them faster
+    weight = torch.randn(width, 4 * width, device=device, dtype=dtype)
     best, began, runs = float("inf"), time.perf_counter(), 0
     while runs < 4 or time.perf_counter() - began < seconds:  # the first one warms up
         started = time.perf_counter()

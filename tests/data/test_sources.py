@@ -93,10 +93,10 @@ WHOLE = idx(IMAGES)
         ("a", b"\0\0", "not an IDX file"),
         ("a", b"\x89PNG" + WHOLE, "begins with 89504e47"),
         ("a", b"\0\0\x0d" + WHOLE[3:], "not an IDX file of bytes"),  # floats
-        ("a", gzip.compress(WHOLE), "not an IDX file"),  # packed, but not named so
-        ("a.gz", gzip.compress(WHOLE)[:-9], "damaged"),
+        ("a", gzip.compress(WHOLE, mtime=0), "not an IDX file"),  # packed, but not named so
+        ("a.gz", gzip.compress(WHOLE, mtime=0)[:-9], "damaged"),
         ("a.gz", WHOLE, "damaged"),
-        ("a.gz", gzip.compress(WHOLE)[:20] + b"\xff" * 40, "damaged"),
+        ("a.gz", gzip.compress(WHOLE, mtime=0)[:20] + b"\xff" * 40, "damaged"),
         ("a.gz", b"", "not an IDX file"),
     ],
 )

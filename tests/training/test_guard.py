@@ -195,8 +195,8 @@ def test_rolling_back_goes_on_from_the_checkpoint_at_half_the_rate(tmp_path, mon
     steps = {"skips": 4, "lr_schedule": "constant", "warmup": 0, "on_divergence": "rollback", "lr": 1e-3}
     rates, restore = rates_at(monkeypatch), loop.Saver.restore
 
-    def cured(self):
-        restore(self)
+    def cured(self, *most):
+        restore(self, *most)
         if rates:
             spoiled.clear()
 
@@ -205,7 +205,8 @@ def test_rolling_back_goes_on_from_the_checkpoint_at_half_the_rate(tmp_path, mon
     assert Trainer(tiny(**steps), path).run() == "finished"
     assert rates == [*((step, 1e-3) for step in range(10)), *((step, 5e-4) for step in range(5, 10))]
     assert "0.5 of the learning rate" in capsys.readouterr().out
-    assert [line["step"] for line in log_of(path)] == [4, 8]
+    assert [line["step"] for line in log_of(path)] == [4, 5, 8]
+    assert log_of(path)[1]["rollback"] == 1
     assert log_of(path)[-1]["skipped_steps"] == 0
 
     rates.clear()  # whoever goes on keeps the rate

@@ -134,7 +134,7 @@ def test_broken_images_are_passed_over_counted_and_named(tmp_path):
     trainer = Trainer(folder_config(data), tmp_path / "run")
     trainer.run()
     assert len(trainer.broken) == 1
-    assert "cat/broken.png" in trainer.broken[0]
+    assert "cat/broken.png" in next(iter(trainer.broken))
     assert log_of(tmp_path / "run")[-1]["broken_images"] == 1
 
 

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fpdm.data import open_images
-    from fpdm.data.encoding import Encoder, open_autoencoder
+    from fpdm.data.encoding import SHARD, Encoder, open_autoencoder
     from fpdm.devices import join_processes
     from fpdm.drawing import dtype_of
 
@@ -63,9 +63,12 @@ def run(options: argparse.Namespace) -> int:
         encoder.claim()
 
     processes.first(begin)
-    with tqdm(total=len(source) // processes.count, unit="image", disable=not processes.main) as bar:
+    missing = encoder.missing()
+    processes.wait()  # until all have looked
+    share = min(len(source), len(missing) * SHARD) // processes.count
+    with tqdm(total=share, unit="image", disable=not processes.main) as bar:
         encoder.on_image = bar.update
-        encoder.run()
+        encoder.run(missing)
     processes.wait()
     if processes.main:
         broken = encoder.finish()

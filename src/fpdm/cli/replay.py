@@ -18,7 +18,11 @@ MOST = 20  # rows shown
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_folder", metavar="RUN", help="folder of the run")
     parser.add_argument(
-        "--step", type=int, required=True, metavar="N", help="which step, as the log counts them from 0"
+        "--step",
+        type=int,
+        required=True,
+        metavar="N",
+        help="which step: the first is 0, and the log's line 50 comes after 49",
     )
     parser.add_argument("--data", metavar="PATH", help="where the images are now, if they have moved")
     parser.add_argument("--out", metavar="FILE", help="the images as a PNG grid (default: RUN/replay-N.png)")

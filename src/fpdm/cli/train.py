@@ -22,7 +22,7 @@ from fpdm.cli.quiet import quiet_libraries
 from fpdm.files import check_writable
 from fpdm.recipes import RECIPES, recipe
 from fpdm.training.adopt import fields_of
-from fpdm.training.config import Config, groups, value_type
+from fpdm.training.config import Config, groups, is_optional, value_type
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             else:
                 choices = f.metadata.get("choices")
                 metavar = "{" + ",".join(map(str, choices)) + "}" if choices else kind.__name__.upper()
-                section.add_argument(flag, type=reader(kind), metavar=metavar, **more)
+                section.add_argument(
+                    flag, type=reader(kind) if is_optional(cls, f.name) else kind, metavar=metavar, **more
+                )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         print(trainer.summary(), flush=True)
     outcome = trainer.run()
     if main_process:
-        print(closing_words(outcome, trainer.step, path, trainer.broken))
+        print(closing_words(outcome, trainer.step, path, list(trainer.broken)))
     status = 130 if outcome == "interrupted" else 0
     if trainer.accelerator.num_processes > 1:
         leave(status)

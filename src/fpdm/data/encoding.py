@@ -102,18 +102,21 @@ class Encoder:
             torn.unlink()
         write_json(path, self.request)
 
+    def missing(self) -> list[int]:
+        """The shards that are not there yet. Where several processes work, all ask before one begins."""
+        return [number for number in self.shards if not self._is_done(number)]
+
     @torch.no_grad()
-    def run(self) -> None:
-        """Make this process's shards that are not there yet."""
+    def run(self, missing: list[int] | None = None) -> None:
+        """Make this process's share of the shards that are missing."""
         process, processes = self.process
-        for number in self.shards[process::processes]:
+        for number in (self.missing() if missing is None else missing)[process::processes]:
             images = range(number * SHARD, min(len(self.source), (number + 1) * SHARD))
-            if not self._is_done(number):
-                path = self.out / NAME.format(number)
-                tensors, broken = self._encoded(images)
-                # One entry, as safetensors writes several in any order, and equal shards are to be equal files.
-                about = {"about": json.dumps({"request": self.request, "broken": broken}, sort_keys=True)}
-                write_aside(path, lambda aside: save_file(tensors, aside, about))  # noqa: B023
+            path = self.out / NAME.format(number)
+            tensors, broken = self._encoded(images)
+            # One entry, as safetensors writes several in any order, and equal shards are to be equal files.
+            about = {"about": json.dumps({"request": self.request, "broken": broken}, sort_keys=True)}
+            write_aside(path, lambda aside: save_file(tensors, aside, about))  # noqa: B023
             self.on_image(len(images))
 
     def finish(self) -> list[str]:

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from fpdm.data.sources import BrokenImage
-from fpdm.files import read_json
+from fpdm.files import cache_folder, read_json, wait_for, write_json
 
 INDEX = "latents.json"
 FORMAT = 1
@@ -75,7 +76,7 @@ class LatentFolder:
     autoencoder  what made them
     mirrored     whether mirrored images were encoded, too
 
-    Raises ValueError for a folder that holds none, or is not complete.
+    Raises ValueError for a folder that holds none, is not complete, or has a shard that is damaged.
     """
 
     def __init__(self, path: str | Path):
@@ -99,9 +100,7 @@ class LatentFolder:
         self.starts = torch.tensor([0, *(shard["images"] for shard in self.shards)]).cumsum(0)
         self.fingerprint = hashlib.sha256("".join(shard["sha256"] for shard in self.shards).encode()).hexdigest()
         self._open: dict[int, Any] = {}
-        for shard in self.shards:
-            if not (self.root / shard["file"]).is_file():
-                raise ValueError(f"{self.root / shard['file']} is missing: run the same `fpdm latents` again")
+        self._verify()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,23 +118,39 @@ class LatentFolder:
             mirrored = (file.get_slice("mirrored_mean")[row], file.get_slice("mirrored_std")[row])
         return Latent(mean, std, mirrored), self.labels[index]
 
+    def _verify(self) -> None:
+        """Compare the shards with their checksums, once on a machine: what was compared is remembered by size and time.
+
+        Raises ValueError for one that is missing or damaged.
+        """
+        key = hashlib.sha256(f"{self.root.resolve()} {self.fingerprint}".encode()).hexdigest()[:16]
+        record = cache_folder() / f"verified-{key}.json"
+        with wait_for(record):  # one process does it for all
+            known = read_json(record) if record.is_file() else {}
+            found = {}
+            for shard in tqdm(self.shards, "comparing latents with their checksums", leave=False, delay=2):
+                path = self.root / shard["file"]
+                if not path.is_file():
+                    raise ValueError(f"{path} is missing: run the same `fpdm latents` again")
+                stat = path.stat()
+                found[path.name] = [stat.st_size, stat.st_mtime_ns]
+                if known.get(path.name) != found[path.name] and checksum(path) != shard["sha256"]:
+                    raise ValueError(
+                        f"{path} is damaged: it is not what was written. Remove it and {INDEX}, and run the same "
+                        "`fpdm latents` again"
+                    )
+            if found != known:
+                write_json(record, found)
+
     def _shard(self, place: int) -> Any:
-        """A shard, opened and compared with its checksum at its first use. Raises BrokenImage if it is damaged."""
+        """A shard, opened at its first use. Raises BrokenImage if that cannot be."""
         if place not in self._open:
-            shard = self.shards[place]
-            path = self.root / shard["file"]
+            path = self.root / self.shards[place]["file"]
             try:
-                if checksum(path) != shard["sha256"]:
-                    raise ValueError("it is not what was written")
                 self._open[place] = safe_open(path, "pt")
-            except (OSError, ValueError, SafetensorError) as error:
-                self._open[place] = BrokenImage(
-                    f"{path.name}: {error}. Remove it and latents.json, and run the same `fpdm latents` again"
-                )
-        found = self._open[place]
-        if isinstance(found, BrokenImage):
-            raise BrokenImage(str(found))
-        return found
+            except (OSError, SafetensorError) as error:
+                raise BrokenImage(f"{path.name}: {error}") from error
+        return self._open[place]
 
 
 def checksum(path: Path) -> str:

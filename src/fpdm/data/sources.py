@@ -125,7 +125,9 @@ def read_image(content: Path | bytes, name: str) -> Image.Image:
             return image if image.mode == "L" else image.convert("RGB")
     except UnidentifiedImageError as error:  # Pillow's text names an object in memory
         raise BrokenImage(f"{name}: it is no image, or of a format that Pillow does not know") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything, struct.error and TypeError among them
         raise BrokenImage(f"{name}: {error}") from error
 
 

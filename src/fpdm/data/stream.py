@@ -79,14 +79,14 @@ class Stream(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Item:
         step, slot = key
         epoch, place = divmod(step * self.batch_size + slot, len(self.source))
-        index, broken = int(epoch_order(self.source.chunks, self.seed, epoch)[place]), []
+        order, broken = epoch_order(self.source.chunks, self.seed, epoch), []
         while True:
             try:
-                image, label = self.source.load(index)
+                image, label = self.source.load(int(order[place]))
                 break
             except BrokenImage as error:
                 broken.append(str(error))
-                index = (index + 1) % len(self.source)
+                place = (place + 1) % len(order)  # neighbours in a source are often broken together
                 if len(broken) >= min(MOST_BROKEN, len(self.source)):
                     failure = f"{len(broken)} images in a row cannot be read, the last {error}"
                     return Item(step, slot, torch.zeros(()), 0, broken, failure)
@@ -138,5 +138,6 @@ def loader(stream: Stream, slots: Slots, workers: int, pin_memory: bool) -> Data
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:
+    # A launcher or queue signals every process. The main one ends its step first, and its workers with it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

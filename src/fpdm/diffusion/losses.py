@@ -76,7 +76,9 @@ class DiffusionLoss:
     def noisier(self, x_t: Tensor, t: Tensor, later: Tensor, fresh: Tensor) -> Tensor:
         """x (B, C, H, W) at timesteps `later` (B,), not before `t` (B,), from x_t by adding `fresh` noise: a draw of
         q(x_later | x_t), as sampling goes through them the other way."""
-        return add_noise(x_t, fresh, _at(self.alpha_bar, later) / _at(self.alpha_bar, t))
+        same = (later == t).view(-1, 1, 1, 1)  # of zero terminal SNR the last ratio would be 0 / 0
+        ratio = torch.where(same, 1.0, _at(self.alpha_bar, later) / _at(self.alpha_bar, t))
+        return add_noise(x_t, fresh, ratio)
 
     def __call__(self, output: Tensor, x0: Tensor, noise: Tensor, t: Tensor, teacher: Tensor | None = None) -> Loss:
         """The loss of a network's `output` (B, C or 2C, H, W) at x_t = noisy(x0, noise, t).

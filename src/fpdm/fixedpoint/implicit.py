@@ -25,7 +25,8 @@ class Implicit:
 
     solver          of the backward pass
     tolerance       its relative residual |v + J^T g - g| / |v + J^T g|, per sample
-    max_iterations  its limit, each a product with J^T; a sample that does not get there goes on with the best g
+    max_iterations  its limit, each a product with J^T; one that does not get there goes on with its last g,
+                    one that diverges with its best
 
     It is exact as far as z* is a fixed point and g is solved for. Raises ValueError for values out of range.
     """

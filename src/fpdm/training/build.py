@@ -1,10 +1,12 @@
 """From a config to the objects of a run. Everything that can be refused is refused here, before the first step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from fpdm.data import (
     BrokenImage,
@@ -25,6 +27,7 @@ from fpdm.models.presets import preset
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.training.config import Config, DataConfig, GradientConfig, ModelConfig
 from fpdm.training.course import Course, Courses, differentiated, make_courses, operations
+from fpdm.training.draws import Draws
 from fpdm.training.validation import split
 
 FIRST_LOOK = 100  # images tried before a data set counts as unreadable
@@ -60,6 +63,23 @@ class Parts:
         """What a step asks of the network; the same on all processes."""
         return None if self.courses is None else self.courses.draw(generator(self.config.run.seed, "iterations", step))
 
+    @torch.no_grad()
+    def start(self, model: Any, course: Course, chance: Draws, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor | None:
+        """What a warm step's solve starts from, the solution at noisier timesteps; None for a cold one.
+
+        model  the network as it is called: it may be wrapped
+        """
+        if course.warm is None:
+            return None
+        assert chance.later is not None
+        assert chance.fresh is not None
+        later, fresh = (value.to(x_t.device) for value in (chance.later, chance.fresh))
+        noisier = self.loss.noisier(x_t, t, later, fresh)
+        solution: Tensor = model(noisier, later, labels, solve=course.warm).solution.value
+        # Autocast keeps its casts of the weights. Those made here have no gradient, and would be used again.
+        torch.clear_autocast_cache()
+        return solution
+
     def fresh(self) -> Denoiser:
         """Another network of the same kind."""
         return build_model(self.config, self.source)
@@ -69,7 +89,8 @@ class Parts:
         """Iterations of a step of the training, about: what the validation loss is measured with."""
         if self.courses is None:
             return 0
-        draws = [self.courses.draw(generator("typical", i)).solve for i in range(100)]
+        cold = replace(self.courses, warm_share=0.0)
+        draws = [cold.draw(generator("typical", i)).solve for i in range(100)]
         return round(sum(differentiated(solve)[-1] for solve in draws) / len(draws))
 
     def operations(self, course: Course | None) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fpdm.files import read_json, sync_folder, write_json
 from fpdm.training.devices import like, whole
+from fpdm.training.guard import Guard
 
 NAME = "step-{:08d}"
 TENSORS = ("weights", "ema", "optimizer")
@@ -27,15 +28,21 @@ CHECKSUMS = "checksums.json"  # which earlier versions did not write
 Tensors = dict[str, dict[str, Tensor]]
 
 
-def gathered(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """The tensors of a checkpoint on the CPU, by file and name. All processes must ask, where they are sharded."""
+def gathered(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer, keep: bool = True) -> Tensors:
+    """The tensors of a checkpoint on the CPU, by file and name. All processes must ask, where they are sharded; those
+    that do not `keep` them get none."""
     named: Tensors = {
         "weights": dict(model.named_parameters()),
         "ema": dict(ema.named_parameters()),
         "optimizer": flatten_optimizer(model, optimizer),
     }
-    return {file: {name: whole(t.detach()).to("cpu").contiguous() for name, t in some.items()}
-            for file, some in named.items()}  # fmt: skip
+    found: Tensors = {file: {} for file in named}
+    for file, some in named.items():
+        for name, tensor in some.items():
+            value = whole(tensor.detach())
+            if keep:
+                found[file][name] = value.to("cpu").contiguous()
+    return found
 
 
 def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int) -> None:
@@ -73,15 +80,25 @@ def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
         raise
     if final.exists():
         final.rename(old)
+    sync_folder(aside)
     aside.rename(final)
     sync_folder(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def all_steps(folder: Path) -> list[int]:
-    """The steps of the checkpoints below `folder`, rising."""
-    complete = (path for path in folder.glob("step-*") if all((path / name).is_file() for name in FILES))
-    return sorted(int(path.name.removeprefix("step-")) for path in complete)
+    """The steps of the checkpoints below `folder` that lack nothing, rising."""
+    return sorted(_step(path) for path in folder.glob("step-*") if all((path / name).is_file() for name in FILES))
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def sound(folder: Path) -> list[int]:
+    """The steps of the checkpoints below `folder` that were not written in a row of useless steps, rising."""
+    states = ((step, read_json(folder / NAME.format(step) / "state.json")) for step in all_steps(folder))
+    return [step for step, state in states if not Guard.in_trouble(state.get("guard"))]
 
 
 def read(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
@@ -98,15 +115,15 @@ def read(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
 
 
 def newest(folder: Path, say: Callable[[str], Any], most: int | None = None) -> tuple[Tensors, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, of at most step `most`; None if there are none. A damaged one is named
-    through `say`; ValueError if all are damaged."""
-    steps = [step for step in all_steps(folder) if most is None or step <= most]
-    for step in reversed(steps):
+    """The newest checkpoint that can be read, of at most step `most`; None if there are none. One that is damaged or
+    lacks a file is named through `say`; ValueError if all are so."""
+    paths = [path for path in sorted(folder.glob("step-*")) if most is None or _step(path) <= most]
+    for path in reversed(paths):
         try:
-            return read(folder, step)
+            return read(folder, _step(path))
         except (OSError, ValueError) as error:
-            say(f"{folder / NAME.format(step)} is damaged ({error}): going back to the one before")
-    if steps:
+            say(f"{path} is damaged ({error}): going back to the one before")
+    if paths:
         raise ValueError(f"none of the checkpoints in {folder} can be read: remove the folder to start anew")
     return None
 

@@ -153,8 +153,8 @@ class Config:
 # `data` is a path; the images themselves are compared by fingerprint.
 CHANGEABLE = {
     "steps", "log_every", "sample_every", "sample_budget", "validate_every", "checkpoint_every", "keep_checkpoints",
-    "workers", "device", "tracker", "data", "source", "vae", "checkpointing", "tf32", "compile", "sharding",
-    "on_divergence", "on_full_disk", "time_limit",
+    "accumulation", "workers", "device", "tracker", "data", "source", "vae", "checkpointing", "tf32", "compile",
+    "sharding", "on_divergence", "on_full_disk", "time_limit",
 }  # fmt: skip
 
 
@@ -170,8 +170,7 @@ def field_names() -> list[tuple[str, str]]:
 def check_value(group: Any, name: str) -> None:
     metadata = next(f.metadata for f in fields(group) if f.name == name)
     value, allowed = getattr(group, name), value_type(type(group), name)
-    optional = type(None) in get_args(get_type_hints(type(group))[name])
-    if value is None and optional:
+    if value is None and is_optional(type(group), name):
         return
     if isinstance(value, bool) is not (allowed is bool) or not isinstance(
         value, (allowed, int) if allowed is float else allowed
@@ -182,6 +181,11 @@ def check_value(group: Any, name: str) -> None:
     if not metadata.get("least", value) <= value <= metadata.get("most", value):
         bounds = f"at least {metadata.get('least')}" + (f", at most {metadata['most']}" if "most" in metadata else "")
         raise ValueError(f"{name} is {value}; it must be {bounds}")
+
+
+def is_optional(cls: type, name: str) -> bool:
+    """Whether a field may be None."""
+    return type(None) in get_args(get_type_hints(cls)[name])
 
 
 def value_type(cls: type, name: str) -> type:

@@ -3,12 +3,13 @@
 import math
 import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -19,6 +20,7 @@ from fpdm.models.layers import Block
 from fpdm.names import needs
 from fpdm.training.config import Config
 
+PATIENCE = timedelta(hours=2)  # of processes that wait while the main one saves, samples and validates
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
 
 
@@ -32,7 +34,8 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     if tracker is not None:
         needs(tracker, tracker)  # accelerate would go on without it, in silence
     cpu = pick_device(run.device) == "cpu"
-    accelerator = Accelerator(cpu=cpu, mixed_precision=run.mixed_precision, log_with=tracker, project_dir=folder)
+    accelerator = Accelerator(cpu=cpu, mixed_precision=run.mixed_precision, log_with=tracker, project_dir=folder,
+                              kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])  # fmt: skip
     kind, processes = accelerator.distributed_type, accelerator.num_processes
     if kind not in SUPPORTED:
         raise ValueError(
@@ -49,8 +52,9 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         raise ValueError(
             "--sharding fsdp shares parameters over processes, and there is one: launch several, or leave it"
         )
-    if run.tf32 and accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = run.tf32
     return accelerator
 
 

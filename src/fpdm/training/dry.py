@@ -1,5 +1,6 @@
 """A run in miniature, before the data is there: all of it is built, at a reduced width, and one step is taken."""
 
+import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,7 +40,7 @@ def reduced(config: Config) -> Config:
     return config.with_fields(
         hidden_size=8 * heads,
         num_heads=heads,
-        batch_size=IMAGES * config.optimizer.accumulation,
+        batch_size=IMAGES * config.optimizer.accumulation * int(os.environ.get("WORLD_SIZE", "1")),
         steps=1, log_every=1, checkpoint_every=1, validate_every=2, sample_every=2, keep_checkpoints=1,
         holdout=0, workers=0, init_from=None, flip=False, tracker="none",
     )  # fmt: skip

@@ -65,6 +65,11 @@ class Guard:
         """How many steps were left out in all. Waits for the device."""
         return int(self.numbers[4])
 
+    @staticmethod
+    def in_trouble(state: Any) -> bool:
+        """Whether the step before `state` was kept was left out."""
+        return bool(state) and state[2] > 0
+
     def state(self) -> Any:
         return self.numbers.tolist()
 

@@ -36,7 +36,7 @@ from fpdm.training.validation import Validation
 METERS = ("loss", "mse", "vlb", "exit", "grad_norm")
 STATUS_EVERY = 10  # steps between looks, over all processes, at whether one was asked to stop
 MOST_ROLLBACKS = 3
-LAST_MINUTE = 60.0  # seconds before a time limit, in which a run saves and stops
+LAST_MINUTE = 60.0  # seconds
 
 
 class Trainer:
@@ -80,8 +80,9 @@ class Trainer:
         self.step = 0
         self.meters, self.guard = Meters(METERS, device), Guard(device, optimizer.skips)
         self.rollbacks = 0
+        self.pace = Pace()
         self.operations = 0.0  # of this process's steps since the last line of the log
-        self.broken: list[str] = []
+        self.broken: dict[str, None] = {}
         self.saver = Saver(self)
 
     def summary(self) -> str:
@@ -114,7 +115,7 @@ class Trainer:
             if self.step % self.config.run.checkpoint_every:
                 self.saver.save()
             self.saver.export()
-            self.broken = self.saver.all_broken()  # while there are other processes to ask
+            self.broken = dict.fromkeys(self.saver.all_broken())  # while there are other processes to ask
         self.seconds = time.monotonic() - self.started
         return "interrupted" if asked and self.step < last else "finished"
 
@@ -124,12 +125,14 @@ class Trainer:
             try:
                 return self._train(interrupt, bar)
             except Diverged as error:
-                count = self.rollbacks + 1
-                if self.config.run.on_divergence == "stop" or count > MOST_ROLLBACKS or not self.saver.steps():
+                count, sound = self.rollbacks + 1, self.saver.sound_steps()
+                if self.config.run.on_divergence == "stop" or count > MOST_ROLLBACKS or not sound:
                     raise
-                self.accelerator.print(f"\n{error.what}. Going back, with {0.5**count:g} of the learning rate")
-                self.saver.restore()
-                self.rollbacks = count
+                self.saver.restore(sound[-min(count, len(sound))])  # another time, the one before
+                self.rollbacks, self.operations = count, 0.0
+                what = f"{error.what}. Going back to step {self.step}, with {0.5**count:g} of the learning rate"
+                self.accelerator.print(f"\n{what}")
+                self.saver.append_log({"step": self.step, "rollback": count, "because": what})
                 bar.n = self.step
                 bar.refresh()
 
@@ -149,12 +152,14 @@ class Trainer:
                 self._check_divergence()
             if self.step % run.log_every == 0:
                 self._log(bar, clock)
+            self.pace.stepped()
             if self.step % run.validate_every == 0:
                 self._look()
             if self.step % run.sample_every == 0:
                 self.saver.save_grid()
             if self.step % run.checkpoint_every == 0:
                 self.saver.save()
+            self.pace.paused()
             if self._asked_to_stop(interrupt):
                 return True
         return False
@@ -170,7 +175,7 @@ class Trainer:
             assert batch.step == self.step, f"a batch of step {batch.step} came at step {self.step}"
             if batch.failure is not None:
                 raise ValueError(batch.failure)
-            self.broken += [name for name in batch.broken if name not in self.broken]
+            self.broken |= dict.fromkeys(batch.broken)
             with self._sharing(i == len(batches) - 1):
                 for name, value in self._backward(batch, course).items():
                     values[name] = values.get(name, 0) + value / len(batches)
@@ -189,9 +194,10 @@ class Trainer:
         chance, (x0, noise, t, labels) = self._inputs(batch, course)
         x_t = parts.loss.noisy(x0, noise, t)
         with self.accelerator.autocast():
-            solving = (
-                {} if course is None else {"solve": course.solve, "init": self._start(course, chance, x_t, t, labels)}
-            )
+            solving: dict[str, Any] = {}
+            if course is not None:
+                start = parts.start(self.model, course, chance, x_t, t, labels)
+                solving = {"solve": course.solve, "init": start}
             output = self.model(x_t, t, labels, **solving)
         loss = parts.loss(output.sample.float(), x0, noise, t)
         total, found = loss.total.mean(), {"mse": loss.mse.mean(), "vlb": loss.vlb.mean()}
@@ -201,20 +207,6 @@ class Trainer:
             total, found["exit"] = total + config.gradient.exit_weight * extra, extra.detach()
         self.accelerator.backward(total / config.optimizer.accumulation)
         return {"loss": total.detach(), **found}
-
-    @torch.no_grad()
-    def _start(self, course: Course, chance: Draws, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor | None:
-        """What a warm step's solve starts from: the solution at noisier timesteps; None for a cold one."""
-        if course.warm is None:
-            return None
-        assert chance.later is not None
-        assert chance.fresh is not None
-        later, fresh = (value.to(x_t.device) for value in (chance.later, chance.fresh))
-        noisier = self.parts.loss.noisier(x_t, t, later, fresh)
-        solution: Tensor = self.model(noisier, later, labels, solve=course.warm).solution.value
-        # Autocast keeps its casts of the weights. Those made here have no gradient, and would be used again.
-        torch.clear_autocast_cache()
-        return solution
 
     def _inputs(self, batch: Batch, course: Course | None) -> tuple[Draws, tuple[Tensor, ...]]:
         """The draws of a micro-batch; its images, noise, timesteps and labels on the device."""
@@ -231,7 +223,9 @@ class Trainer:
         labels = batch.labels.masked_fill(chance.dropped, self.net.null_class)
         if self.net.config.num_classes == 0:
             labels = torch.zeros_like(labels)
-        whole = (batch.images, chance.noise, chance.timesteps, labels)
+        whole: tuple[Tensor, ...] = (batch.images, chance.noise, chance.timesteps, labels)
+        if device.type == "cuda":  # pinned, so that the copies wait for nothing
+            whole = tuple(value.pin_memory() for value in whole)
         return chance, tuple(value.to(device, non_blocking=True) for value in whole)
 
     def _sharing(self, now: bool) -> AbstractContextManager[Any]:
@@ -251,8 +245,8 @@ class Trainer:
         )
 
     def _asked_to_stop(self, interrupt: Interrupt) -> bool:
-        limit = self.config.run.time_limit
-        late = limit is not None and time.monotonic() - self.started > limit * 60 - LAST_MINUTE
+        limit, looks = self.config.run.time_limit, 1 if self.accelerator.num_processes == 1 else STATUS_EVERY
+        late = limit is not None and time.monotonic() - self.started > limit * 60 - self.pace.reserve(looks)
         if self.accelerator.num_processes == 1:
             return interrupt.asked or late
         if self.step % STATUS_EVERY:
@@ -311,7 +305,7 @@ class Trainer:
     def _look(self) -> None:
         model = self.saver.averaged()
         if model is not None and self.accelerator.is_main_process:
-            look = self._validation.look(model, self.config.optimizer.batch_size, self.accelerator.device)
+            look = self._validation.look(model, self._slots(0).size, self.accelerator.device)
             if look.buckets or look.residuals:
                 self.saver.append_log({"step": self.step, "validation": look.to_dict()})
         self.accelerator.wait_for_everyone()
@@ -336,6 +330,29 @@ class Trainer:
             mininterval=0.5 if sys.stderr.isatty() else 20,
             dynamic_ncols=True,
         )
+
+
+class Pace:
+    """How long steps and the pauses between them take, by which a run stops in time."""
+
+    def __init__(self) -> None:
+        self.step, self.pause, self.last = 0.0, 0.0, time.monotonic()
+
+    def stepped(self) -> None:
+        seconds = self._since()
+        self.step = seconds if not self.step else self.step + 0.1 * (seconds - self.step)
+
+    def paused(self) -> None:
+        self.pause = max(self.pause, self._since())
+
+    def _since(self) -> float:
+        before, self.last = self.last, time.monotonic()
+        return self.last - before
+
+    def reserve(self, steps: int) -> float:
+        """Seconds before a time limit at which to stop: a minute, so many steps until the next look at the clock, and
+        twice the longest pause so far, to save and to export."""
+        return LAST_MINUTE + steps * self.step + 2 * self.pause
 
 
 class Clock:

@@ -68,13 +68,15 @@ def _replayed(parts: Parts, step: int, weights: int | None) -> Replay:
         batch = collate([stream[key] for key in keys])
         if batch.failure is not None:
             raise ValueError(batch.failure)
+        course = parts.course(step)
         chance = draw(config.run.seed, step, batch.slots, tuple(batch.images.shape[1:]), parts.loss.num_timesteps,
-                      config.data.class_dropout)  # fmt: skip
+                      config.data.class_dropout, warm=course is not None and course.warm is not None)  # fmt: skip
         labels = batch.labels.masked_fill(chance.dropped, model.null_class)
         labels = labels if model.config.num_classes else torch.zeros_like(labels)
-        course, t = parts.course(step), chance.timesteps
-        solving = {} if course is None else {"solve": course.solve}
-        x_t = parts.loss.noisy(batch.images, chance.noise, t)
+        t = chance.timesteps
+        x_t, solving = parts.loss.noisy(batch.images, chance.noise, t), {}
+        if course is not None:
+            solving = {"solve": course.solve, "init": parts.start(model, course, chance, x_t, t, labels)}
         loss = parts.loss(model(x_t, t, labels, **solving).sample, batch.images, chance.noise, t)
         columns = (batch.slots, batch.labels, t, loss.total, loss.mse)
         rows += [Row(int(s), int(y), int(at), float(a), float(b)) for s, y, at, a, b in zip(*columns, strict=True)]

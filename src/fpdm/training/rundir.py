@@ -5,7 +5,9 @@ runs/NAME/config.json, log.jsonl, checkpoints/, samples/, pipeline/
 
 import json
 import math
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +66,22 @@ class RunDir:
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
-                break
+                continue  # torn, on a full disk or by a kill
             if entry["step"] > step:
                 break
             kept.append(line + "\n")
         write_aside(self.log, lambda aside: aside.write_text("".join(kept)))
 
     def append_log(self, entry: dict[str, Any]) -> None:
-        with self.log.open("a") as file:
-            file.write(json.dumps(finite(entry), allow_nan=False) + "\n")
+        line = json.dumps(finite(entry), allow_nan=False) + "\n"
+        size = self.log.stat().st_size if self.log.is_file() else 0
+        try:
+            with self.log.open("a") as file:
+                file.write(line)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.log, size)  # half a line would join the next one
+            raise
 
 
 def finite(value: Any) -> Any:
@@ -88,6 +97,8 @@ def check_space(folder: Path, model: nn.Module, checkpoints: int) -> None:
     """Raises OSError if the disk has no room for the checkpoints and the model. A checkpoint holds weights, average and
     AdamW's two moments in float32; one more than are kept is there for a moment."""
     needed = 4 * sum(p.numel() for p in model.parameters()) * (4 * (checkpoints + 1) + 2)
+    kept = (path for part in ("checkpoints", "pipeline") for path in (folder / part).rglob("*.safetensors"))
+    needed -= sum(path.stat().st_size for path in kept)  # of a run that is gone on with
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < needed:

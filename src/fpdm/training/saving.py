@@ -58,24 +58,35 @@ class Saver:
             "rollbacks": run.rollbacks,
             "broken": self.all_broken(),
         }
-        tensors = checkpoints.gathered(run.net, run.ema.model, run.optimizer)
+        main = self.accelerator.is_main_process
+        tensors = checkpoints.gathered(run.net, run.ema.model, run.optimizer, keep=main)
         if self.accelerator.is_main_process:
             with self._writing("a checkpoint"):
                 checkpoints.save(self.dir.checkpoints, run.step, tensors, state, self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def steps(self) -> list[int]:
-        """The steps of the checkpoints."""
-        return checkpoints.all_steps(self.dir.checkpoints)
+    def sound_steps(self) -> list[int]:
+        """The steps of the checkpoints from before any trouble."""
+        return checkpoints.sound(self.dir.checkpoints)
 
-    def restore(self) -> None:
-        """Set the run to its newest checkpoint, if there is one, and the log with it."""
+    def restore(self, most: int | None = None) -> None:
+        """Set the run to its newest checkpoint, of at most step `most`, if there is one, and the log with it.
+
+        Raises ValueError where processes find different ones: their folder is not the same.
+        """
         run = self.run
-        found = checkpoints.newest(self.dir.checkpoints, self.accelerator.print)
+        found = checkpoints.newest(self.dir.checkpoints, self.accelerator.print, most)
+        steps = set(gather_object([None if found is None else found[1]["step"]]))
+        if len(steps) > 1:
+            raise ValueError(
+                f"the processes find different checkpoints in {self.dir.checkpoints}, those of steps {steps}: all must "
+                "see one folder, on a disk that they share"
+            )
         if found is not None:
             tensors, state = found
             checkpoints.restore(tensors, run.net, run.ema.model, run.optimizer)
-            run.step, run.broken, run.rollbacks = state["step"], state["broken"], state.get("rollbacks", 0)
+            run.step, run.rollbacks = state["step"], state.get("rollbacks", 0)
+            run.broken = dict.fromkeys(state["broken"])
             if "meters" in state:  # else an earlier version wrote it: the next line of the log covers fewer steps
                 run.meters.restore(state["meters"])
                 run.guard.restore(state["guard"])
@@ -102,7 +113,7 @@ class Saver:
 
     def all_broken(self) -> list[str]:
         """The unreadable images that any process has met."""
-        return sorted(set(gather_object(self.run.broken)))
+        return sorted(set(gather_object(list(self.run.broken))))
 
     def averaged(self) -> Denoiser | None:
         """The network with the averaged weights, whole; None where it is sharded and this is not the main process."""
@@ -138,6 +149,6 @@ def scalars(entry: dict[str, Any], before: str = "") -> dict[str, float]:
             value = {str(i): number for i, number in enumerate(value)}
         if isinstance(value, dict):
             found |= scalars(value, f"{before}{key}/")
-        elif value is not None:
+        elif isinstance(value, int | float):
             found[before + key] = value
     return found
