@@ -12,7 +12,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from fpdm.cli.main import main
+from fpdm.cli import train
+from fpdm.cli.main import main, make_parser
+from fpdm.recipes import recipe
 from fpdm.training import checkpoints
 
 TINY = [
@@ -77,7 +79,7 @@ def test_help(arguments, capsys):
         (["train", "digits", "--crop", "centre"], ["centre", "'center'"]),
         (["train", "digits", "--device", "cuda"], ["cuda", "cpu"]),
         (["train", "images"], ["--data PATH"]),
-        (["train", "images", "--data", "/nowhere"], ["/nowhere", "not a folder"]),
+        (["train", "images", "--data", "/nowhere"], ["there is no /nowhere"]),
         (["train", "images", "--data", "{tmp}"], ["holds no images"]),
         (["train", "fashion_mnist", "--data", "{tmp}"], ["train-images-idx3-ubyte"]),
         (["train", "digits", "--init-from", "{tmp}"], ["not a model folder"]),
@@ -234,3 +236,10 @@ def test_sample_does_not_mix_requests_or_folders(model, tmp_path, capsys):
     (tmp_path / "album").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "album/me.png")
     assert "holds images already" in refused([*command[:-1], tmp_path / "album"], capsys)
+
+
+@pytest.mark.parametrize("flag", ["--exit-loss", "--sharding", "--tracker"])
+def test_none_is_a_word_where_it_is_a_choice(flag):
+    options = make_parser().parse_args(["train", "digits", flag, "none", "--min-snr-gamma", "none"])
+    config = train.resolve(options)
+    assert config == recipe("digits")

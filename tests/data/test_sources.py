@@ -1,7 +1,9 @@
 """Sources: what is in them, what they read, and what they refuse."""
 
 import gzip
+import random
 import shutil
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fpdm.data import ArraySource, BrokenImage, ImageFolder, digits, idx_folder
+from fpdm.data import ArraySource, BrokenImage, ImageFolder, digits, idx_folder, read_image
 from fpdm.data.arrays import read_idx
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -244,6 +246,23 @@ def test_a_broken_file_is_named(tmp_path, spoil):
     spoil(tmp_path / "cat" / "bad.png")
     with pytest.raises(BrokenImage, match=r"^cat/bad\.png: ."):
         source.load(0)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])
+def test_whatever_is_wrong_with_a_file_is_told_as_a_broken_image(suffix, tmp_path):
+    """Pillow raises struct.error and TypeError, too, of EXIF that is damaged."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (16, 12), "red").save(tmp_path / f"whole.{suffix}", exif=exif)
+    whole, chance, read = (tmp_path / f"whole.{suffix}").read_bytes(), random.Random(0), 0
+    for _ in range(400):
+        raw = bytearray(whole)
+        for _ in range(3):
+            raw[chance.randrange(len(raw))] = chance.randrange(256)
+        with suppress(BrokenImage):
+            read_image(bytes(raw), "a")
+            read += 1
+    assert 0 < read < 400
 
 
 def test_a_file_that_went_away_is_named(tmp_path):

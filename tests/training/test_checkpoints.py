@@ -258,3 +258,72 @@ def test_a_disk_that_is_really_full(on_full_disk, small_disk, whole, monkeypatch
     one, other = tensors_of(whole, 10), tensors_of(path, 10)
     assert all(torch.equal(one[key], other[key]) for key in one)
     assert log_of(path) == log_of(whole)
+
+
+def test_a_checkpoint_that_lacks_a_file_is_named_and_a_run_of_such_alone_is_not_begun_anew(copied, capsys):
+    (copied / "checkpoints/step-00000010/optimizer.safetensors").unlink()
+    assert Trainer(tiny(), copied).run() == "finished"
+    assert "step-00000010 is damaged" in capsys.readouterr().out
+    for folder in (copied / "checkpoints").iterdir():
+        (folder / "optimizer.safetensors").unlink()
+    before = log_of(copied)
+    with pytest.raises(ValueError, match="none of the checkpoints"):
+        Trainer(tiny(), copied).run()
+    assert log_of(copied) == before
+
+
+def test_a_run_is_gone_on_with_on_the_disk_that_it_filled(copied, monkeypatch):
+    free = shutil.disk_usage(copied)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(OSError, match="make room"):
+        Trainer(tiny(), copied.with_name("another"))
+    extra = copied / "checkpoints/step-00000010"
+    for name in ("a", "b"):  # as many as are kept, and the one that is being written
+        shutil.copytree(extra, copied / f"checkpoints/step-0000000{name}")
+    assert Trainer(tiny(keep_checkpoints=2), copied)
+    for name in ("a", "b"):
+        shutil.rmtree(copied / f"checkpoints/step-0000000{name}")
+
+
+def test_a_torn_line_takes_no_other_with_it(copied):
+    lines = (copied / "log.jsonl").read_text().splitlines(keepends=True)
+    (copied / "log.jsonl").write_text(lines[0] + '{"step": 5, "lo' + "\n" + "".join(lines[1:]))
+    assert Trainer(tiny(), copied).run() == "already finished"
+    assert (copied / "log.jsonl").read_text() == "".join(lines)
+
+
+def test_a_line_that_does_not_fit_leaves_nothing_of_itself(copied, monkeypatch):
+    run = Trainer(tiny(), copied).dir
+    before = run.log.read_bytes()
+    opened = type(run.log).open
+
+    def full(path, *how, **more):
+        file = opened(path, *how, **more)
+        write = file.write
+
+        def torn(text):
+            write(text[:5])
+            file.flush()
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        file.write = torn
+        return file
+
+    monkeypatch.setattr(type(run.log), "open", full)
+    with pytest.raises(OSError, match="No space"):
+        run.append_log({"step": 11, "loss": 1.0})
+    assert run.log.read_bytes() == before
+
+
+def test_a_rollback_goes_to_before_the_trouble_and_further_each_time(copied):
+    def state(step, in_a_row):
+        file = copied / f"checkpoints/step-{step:08d}/state.json"
+        values = read_json(file)
+        values["guard"][2] = in_a_row
+        write_json(file, values)
+
+    assert checkpoints.sound(copied / "checkpoints") == [5, 10]
+    state(10, 3)
+    assert checkpoints.sound(copied / "checkpoints") == [5]
+    state(5, 1)
+    assert checkpoints.sound(copied / "checkpoints") == []

@@ -145,3 +145,12 @@ def test_at_the_same_timestep_nothing_is_added(many):
     t = drawn.timesteps
     x_t = loss.noisy(torch.zeros_like(drawn.noise), drawn.noise, t)
     assert torch.equal(loss.noisier(x_t, t, t, drawn.fresh), x_t)
+
+
+@pytest.mark.parametrize("beta_schedule", ["linear", "cosine"])
+def test_the_noisiest_timestep_of_a_zero_terminal_snr_has_nothing_noisier(beta_schedule):
+    schedule = make_schedule(beta_schedule=beta_schedule, prediction_type="v_prediction", zero_terminal_snr=True)
+    loss, x, t = DiffusionLoss(schedule), torch.randn(2, 1, 4, 4), torch.tensor([999, 998])
+    noisier = loss.noisier(x, t, torch.tensor([999, 999]), fresh := torch.randn(2, 1, 4, 4))
+    assert torch.equal(noisier[0], x[0])
+    torch.testing.assert_close(noisier[1], fresh[1])
