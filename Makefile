@@ -15,7 +15,7 @@ demo: .venv/.demo ## train on digits and draw them at three budgets (runs/demo/d
 	$(BIN)/python -m fpdm demo
 
 test: .venv/.dev ## run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 check: .venv/.dev ## lint, format, types, import rules
 	$(BIN)/ruff check .
