@@ -374,3 +374,17 @@ def test_half_precision_comes_out_as_it_went_in():
         x, t, y, solve=Solve(stopping=FixedIterations(3), solver=Picard(0.5)), init=torch.zeros(3, 4, 8)
     )
     assert F.cosine_similarity(output.sample.float().flatten(), full.sample.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("network", [DiT, FixedPointDiT])
+def test_what_blocks_add_to_is_float32_under_autocast_and_as_the_weights_are_else(network):
+    model, iterations = (dit(), {}) if network is DiT else (fixed_point_dit(), {"iterations": 3})
+    seen = set()
+    for block in (module for module in model.modules() if isinstance(module, Block)):
+        block.register_forward_hook(lambda _, inputs, output: seen.update({inputs[0].dtype, output.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(2, 2, 4, 4), 5.0, **iterations)
+    assert seen == {torch.float32}
+    seen.clear()
+    model.bfloat16()(torch.zeros(2, 2, 4, 4), 5.0, **iterations)
+    assert seen == {torch.bfloat16}

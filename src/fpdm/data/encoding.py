@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fpdm.data.latents import FORMAT, INDEX, Autoencoder, checksum
+from fpdm.data.latents import FORMAT, INDEX, Autoencoder
 from fpdm.data.sources import BrokenImage, Source
 from fpdm.data.transforms import central, pixels
-from fpdm.files import read_json, write_aside, write_json
+from fpdm.files import checksum, read_json, write_aside, write_json
 from fpdm.weights import digest
 
 SHARD = 1024  # images
@@ -35,17 +35,15 @@ def open_autoencoder(name: str) -> tuple[AutoencoderKL, Autoencoder]:
         raise ValueError(f"the autoencoder {name} cannot be opened: {error}") from error
     if any(weight.is_meta for weight in vae.state_dict().values()):
         raise ValueError(f"{name} holds another network than an AutoencoderKL: weights are missing")
-    scale, shift = vae.config.get("scaling_factor"), vae.config.get("shift_factor") or 0.0
-    if not scale:
+    if not vae.config.get("scaling_factor"):
         raise ValueError(f"the autoencoder {name} tells no scaling_factor, by which its latents are near unit variance")
-    return vae.eval(), Autoencoder(name, digest(vae), float(scale), float(shift))
+    return vae.eval(), described(vae, name)
 
 
-def known(vae: AutoencoderKL | None) -> list[str | float] | None:
-    """What makes an autoencoder the same one: see `Autoencoder.known_by`."""
-    if vae is None:
-        return None
-    return [digest(vae), float(vae.config.scaling_factor), float(vae.config.get("shift_factor") or 0.0)]
+def described(vae: AutoencoderKL, name: str = "") -> Autoencoder:
+    """What an autoencoder is known by."""
+    shift = vae.config.get("shift_factor") or 0.0
+    return Autoencoder(name, digest(vae), float(vae.config.scaling_factor), float(shift))
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpdm.data.sources import BrokenImage
-from fpdm.files import cache_folder, read_json, wait_for, write_json
+from fpdm.files import cache_folder, checksum, read_json, wait_for, write_json
 
 INDEX = "latents.json"
 FORMAT = 1
@@ -151,11 +151,6 @@ class LatentFolder:
             except (OSError, SafetensorError) as error:
                 raise BrokenImage(f"{path.name}: {error}") from error
         return self._open[place]
-
-
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def holds_latents(folder: Path) -> bool:

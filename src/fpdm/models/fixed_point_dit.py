@@ -47,7 +47,8 @@ class FixedPointCore(nn.Module):
 
     def step(self, z: Tensor, context: Context) -> Tensor:
         """One application of f to `z` (B, N, D)."""
-        z = self.inject_out(F.gelu(self.inject_z(z) + context.injected, approximate="tanh"))
+        # As precise as it came: under autocast z is float32, and blocks add to it as an explicit network's do.
+        z = self.inject_out(F.gelu(self.inject_z(z) + context.injected, approximate="tanh")).to(z.dtype)
         for block, modulation in zip(self.blocks, context.modulations, strict=True):
             z = block(z, modulation)
         return z

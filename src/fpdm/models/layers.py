@@ -55,7 +55,7 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D)
-        return tokens + self.positions.to(tokens.dtype)
+        return tokens + self.positions  # float32 under autocast, and with it all that blocks add to
 
 
 class Attention(nn.Module):

@@ -17,7 +17,7 @@ from fpdm.data import (
     holds_latents,
     open_images,
 )
-from fpdm.data.encoding import known, open_autoencoder
+from fpdm.data.encoding import described, open_autoencoder
 from fpdm.data.stream import Prepare
 from fpdm.diffusion import DiffusionLoss, make_schedule
 from fpdm.files import model_folder
@@ -233,7 +233,8 @@ def load_pretrained(model: Denoiser, folder: str, source: Source, vae: Autoencod
     Raises ValueError if the networks differ in anything else, naming the settings, or the autoencoders do.
     """
     pipeline = FixedPointDiTPipeline.from_pretrained(model_folder(folder))
-    if known(pipeline.vae) != known(vae):
+    own, other = (None if v is None else described(v).known_by for v in (pipeline.vae, vae))
+    if own != other:
         has = "no autoencoder" if pipeline.vae is None else "an autoencoder of its own"
         raise ValueError(
             f"the model in {folder} has {has}, so its weights mean something else than these data: take latents of its "

@@ -5,7 +5,6 @@ checkpoints/step-00001000/weights.safetensors, ema.safetensors, optimizer.safete
 The last one holds the SHA-256 of the others, so that a file that was damaged later is known.
 """
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fpdm.files import read_json, sync_folder, write_json
+from fpdm.files import checksum, read_json, sync_folder, write_json
 from fpdm.training.devices import like, whole
 from fpdm.training.guard import Guard
 
@@ -155,8 +154,3 @@ def restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, flat: 
         name, part = key.rsplit("/", 1)
         # A clone: on the CPU it would be the checkpoint's own tensor, which may be a view of the file.
         optimizer.state[parameters[name]][part] = like(value, parameters[name]).clone()
-
-
-def checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
