@@ -390,7 +390,8 @@ def test_the_best_is_the_highest_where_higher_is_better():
 def test_the_best_is_so_on_average_over_its_seeds():
     """Of the two plans the one with the luckiest seed is the worse."""
     points = [
-        point(iterations=n, distance=d, seed=s) for n, s, d in ((1, 0, 1.0), (1, 1, 9.0), (2, 0, 3.0), (2, 1, 4.0))
+        point(iterations=n, distance=d, seed=s)
+        for n, s, d in (([1, 1], 0, 1.0), ([1, 1], 1, 9.0), (2, 0, 3.0), (2, 1, 4.0))
     ]
     rows = [{**row, "evaluation": Evaluation.from_dict(row["evaluation"])} for row in points]
     assert best_of(rows, "passes", lambda row: row["evaluation"]["FD-classifier"]) == [(12, 3.5)]

@@ -141,7 +141,7 @@ def best_of(series: list[Row], x: str, measured: Callable[[Row], Measure]) -> li
     several seeds would be a lucky one."""
     plans: dict[tuple[Any, ...], list[Row]] = {}
     for row in series:
-        plans.setdefault((row["budget"], row["iterations"], row["plan"], *how({**row, "seed": 0})), []).append(row)
+        plans.setdefault((row["budget"], str(row["iterations"]), row["plan"], *how({**row, "seed": 0})), []).append(row)
     found: dict[int, tuple[float, float, float]] = {}
     for (budget, *_), rows in plans.items():
         m, value = measured(rows[0]), mean(measured(row).value for row in rows)
