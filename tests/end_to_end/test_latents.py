@@ -204,12 +204,12 @@ def test_latents_that_are_not_complete_are_refused(latents, tmp_path):
         refused("is not complete: run the same `fpdm latents` again", copy, path=tmp_path / "run", source=source)
 
 
-def test_a_damaged_shard_is_named_and_the_rest_is_trained_on(latents, tmp_path):
+def test_a_damaged_shard_is_named_before_training_starts(latents, tmp_path):
     copy = shutil.copytree(latents, tmp_path / "latents")
     flip_a_byte(copy / "latents-00002.safetensors")
-    trainer = Trainer(config(copy, steps=12), tmp_path / "run")
-    assert trainer.run() == "finished"
-    assert [name.split(":")[0] for name in trainer.broken] == ["latents-00002.safetensors"]
+    with pytest.raises(ValueError, match=r"latents-00002\.safetensors is damaged"):
+        Trainer(config(copy, steps=12), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 # Fine-tuned

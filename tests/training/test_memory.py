@@ -146,7 +146,7 @@ def test_the_mean_and_the_largest_draw():
     assert counts(**ten) == {"mean": MultiStepJacobianFree(5, 7), "most": MultiStepJacobianFree(10, 12)}
     assert counts(**ten, num_core=2) == {"mean": MultiStepJacobianFree(3, 4), "most": MultiStepJacobianFree(5, 6)}
     assert counts(**ten, gradient="multistep") == {"every": MultiStepJacobianFree(10, 12)}
-    assert counts(gradient="implicit") == {"every": MultiStepJacobianFree(30, 1)}
+    assert counts(**ten, gradient="implicit") == {"every": MultiStepJacobianFree(10, 1)}
     assert counts(network="dit", depth=2) == {"every": None}
 
 
