@@ -96,9 +96,9 @@ def counted() -> list[Case]:
     ]
 
 
-def row(case: Case, device: str) -> dict[str, Any]:
+def row(case: Case) -> dict[str, Any]:
     config = case.config
-    memory = training_memory(config, stand_in(config.data), case.solve, device)
+    memory = training_memory(config, stand_in(config.data), case.solve)
     shown = {name: value for name, value in case.fields.items() if LATENTS.get(name) != value}
     return {**shown, "batch_size": case.fields["batch_size"], "draw": case.draw, **asdict(memory)}
 
@@ -176,7 +176,7 @@ def fill(path: Path, result: dict[str, Any], name: str, some: list[Case], device
         shown = {**case.fields, "draw": case.draw}
         if label(shown) in map(label, result[name]):
             continue
-        found = {**row(case, device), **(measured(case, device) if real else {})}
+        found = {**row(case), **(measured(case, device) if real else {})}
         result[name].append(found)
         write_json(path, result)
         tell(found)
@@ -250,5 +250,5 @@ if __name__ == "__main__":
     empty: dict[str, Any] = {"made_with": made_with(options.device), "compared": [], "counted": []}
     result = read_json(path) if path.is_file() else empty
     fill(path, result, "compared", compared(), options.device, True)
-    fill(path, result, "counted", counted(), "cuda", cuda)
+    fill(path, result, "counted", counted(), options.device, cuda)
     write_aside(options.out / "memory.png", lambda aside: plot(result, aside))

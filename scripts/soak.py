@@ -1,6 +1,6 @@
 """A run that everything happens to, against one that nothing does: both must end with the same weights and log.
 
-    python scripts/soak.py --out FOLDER [--steps 6000] [--kills 20] [--seed 0]     an hour on two cores
+    python scripts/soak.py --out FOLDER [--steps 20000] [--kills 60] [--seed 0]     an hour on two cores
 
 Both train on the digits as an image folder, one file of which is broken. The disturbed one is killed (SIGKILL) at
 random moments, once in the middle of writing a checkpoint; finds its newest checkpoint damaged; and meets a full disk,
@@ -189,8 +189,8 @@ def mounted(folder: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.out.exists():
@@ -216,7 +216,8 @@ def main() -> int:
         undisturbed.kill()
         if disk is not None:
             subprocess.run(["umount", "-l", str(small)], check=False)
-    write_json(story.path, {"made_with": made_with("cpu"), "equal": not wrong, "events": story.events})
+    events = json.loads(json.dumps(story.events).replace(str(options.out), "FOLDER"))
+    write_json(story.path, {"made_with": made_with("cpu"), "equal": not wrong, "events": events})
     return int(bool(wrong))
 
 

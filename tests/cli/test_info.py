@@ -69,10 +69,10 @@ def test_memory_is_that_of_the_estimate(digits):
     found = rows(digits, "memory, 8 images")
     assert list(found) == ["mean", "mean, checkpointing", "most", "most, checkpointing"]
     config = recipe("digits").with_fields(hidden_size=32, num_heads=2, batch_size=8, classes=10)
-    memory = training_memory(config, stand_in(config.data), Solve(gradient=MultiStepJacobianFree(6, 6)), "cpu")
+    memory = training_memory(config, stand_in(config.data), Solve(gradient=MultiStepJacobianFree(6, 6)))
     assert found["most"] == [f"{value / 1e6:.1f}" for value in vars(memory).values()]
     assert float(found["most, checkpointing"][4]) < float(found["mean"][4]) < float(found["most"][4])
-    assert "in MB, as on cpu, float32" in digits
+    assert "in MB, float32" in digits
 
 
 def test_an_explicit_network_has_one_row(capsys):
@@ -95,11 +95,6 @@ def test_it_needs_no_data_and_says_what_it_does_not_know(capsys, tmp_path, monke
     assert "no classes\n--classes tells how many" in info(capsys, *IMAGES, "--data", "not/there", "--gradient", "jfb")
     assert "no classes\n\n" in info(capsys, *IMAGES, "--no-conditional", "--gradient", "jfb")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_the_device_casts_is_told(capsys):
-    options = ["--device", "auto", "--mixed-precision", "bf16", "--gradient", "jfb"]
-    assert "as on cuda, bf16 autocast" in info(capsys, *IMAGES, *options)
 
 
 @pytest.mark.parametrize(

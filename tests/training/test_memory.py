@@ -23,10 +23,10 @@ def tiny(**changes):
 
 
 @cache
-def estimate(n=0, m=1, device="cpu", **changes):
+def estimate(n=0, m=1, **changes):
     config = tiny(**changes)
     solve = None if config.model.network == "dit" else Solve(gradient=MultiStepJacobianFree(n, m))
-    return training_memory(config, stand_in(config.data), solve, device)
+    return training_memory(config, stand_in(config.data), solve)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_a_real_step_takes_what_was_estimated(changes, benchmark, any_precision,
     case = benchmark.Case({}, draw)
     monkeypatch.setattr(type(case), "config", config)
     real = benchmark.measure(case, "cpu")["peak"]
-    found = training_memory(config, stand_in(config.data), case.solve, "cpu").peak
+    found = training_memory(config, stand_in(config.data), case.solve).peak
     assert found == pytest.approx(real, rel=0.05)
 
 
@@ -106,10 +106,9 @@ def test_checkpointing_stores_less(changes):
     assert replace(less, activations=0, peak=0) == replace(plain, activations=0, peak=0)
 
 
-def test_half_precision_stores_less_and_on_cuda_not_as_little():
-    full, cuda, cpu = estimate(1, 3), *(estimate(1, 3, d, mixed_precision="bf16") for d in ("cuda", "cpu"))
-    assert cpu.activations < cuda.activations < full.activations
-    assert estimate(1, 3, "cuda") == full
+def test_half_precision_stores_less():
+    full, half = estimate(1, 3), estimate(1, 3, mixed_precision="bf16")
+    assert 0.5 * full.activations < half.activations < 0.9 * full.activations
 
 
 def test_parts_of_a_batch_need_less_but_hold_gradients_beside_activations():
@@ -123,7 +122,7 @@ def test_an_exit_stores_another_decoding():
     config = tiny(exit_loss="target", with_grad_max=3)
     solve = solves(config, network(config, stand_in(config.data)))["most"]
     with_exit, without = (
-        training_memory(config, stand_in(config.data), some, "cpu") for some in (solve, replace(solve, exits=()))
+        training_memory(config, stand_in(config.data), some) for some in (solve, replace(solve, exits=()))
     )
     assert with_exit.activations > without.activations
 

@@ -5,7 +5,7 @@
   fpdm info images --channels 4 --classes 1000 --model XL/2 --image-size 32 --batch-size 32 --mixed-precision bf16
 
 It takes what `fpdm train` takes. The number of classes, of which the data is not asked, comes from --classes. Memory is
-that of one process, counted as CUDA casts and stores it unless --device is cpu.
+that of one process.
 """
 
 import argparse
@@ -94,16 +94,15 @@ def print_memory(config: Config, source: "Source", steps: "dict[str, Solve | Non
     """A row of bytes for each number of iterations, without and with gradient checkpointing."""
     from fpdm.training.memory import training_memory
 
-    device = "cpu" if config.run.device == "cpu" else "cuda"
     images, parts = config.optimizer.batch_size, config.optimizer.accumulation
     precision = "float32" if config.run.mixed_precision == "no" else "bf16 autocast"
     shared = f" in {parts} parts" if parts > 1 else ""
     print(f"\n{f'memory, {images} images{shared}':28} " + " ".join(f"{name:>11}" for name in COLUMNS))
     for name, solve in steps.items():
         for checkpointing in (False, True):
-            memory = training_memory(config.with_fields(checkpointing=checkpointing), source, solve, device)
+            memory = training_memory(config.with_fields(checkpointing=checkpointing), source, solve)
             print(f"{name + (', checkpointing' if checkpointing else ''):28} {in_columns(memory)}", flush=True)
-    print(f"in MB, as on {device}, {precision}; the peak is less than the sum: gradients come as activations go")
+    print(f"in MB, {precision}; the peak is less than the sum: gradients come as activations go")
 
 
 def in_columns(memory: "Memory") -> str:

@@ -60,11 +60,10 @@ class Memory:
         return self.peak - (self.parameters + self.optimizer + self.ema + self.activations)
 
 
-def training_memory(config: Config, source: Source, solve: Solve | None, device: str = "cuda") -> Memory:
+def training_memory(config: Config, source: Source, solve: Solve | None) -> Memory:
     """The memory of a training step of `config` on images of `source`, of which only channels and classes are read.
 
-    solve   as a call of the network takes it, nothing left to be drawn (see `solves`); None for an explicit network
-    device  "cuda" or "cpu", which differ in what autocast casts
+    solve  as a call of the network takes it, nothing left to be drawn (see `solves`); None for an explicit network
 
     Raises ValueError for a network that cannot be, and a batch that cannot be shared out.
     """
@@ -79,8 +78,6 @@ def training_memory(config: Config, source: Source, solve: Solve | None, device:
         model = build_model(config, source).train()
         if config.gradient.checkpointing:
             model.enable_gradient_checkpointing()
-        if device == "cuda":
-            _cast_as_on_cuda(model)
         ema, optimizer = Ema(model, config.optimizer.ema), _stepped(model)
         live = Live()
         parameters = live.add(_tensors(model))
@@ -207,13 +204,6 @@ def _stepped(model: Denoiser) -> torch.optim.AdamW:
     optimizer.step()
     optimizer.zero_grad()
     return optimizer
-
-
-def _cast_as_on_cuda(model: nn.Module) -> None:
-    """Autocast does one thing of these networks otherwise on CUDA than on the CPU: layer norms, in float32."""
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
 
 
 class _WithoutData(FakeTensorMode):
