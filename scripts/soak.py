@@ -97,7 +97,7 @@ def make_data(folder: Path) -> None:
 def disturb(run: Run, story: Story, kills: int, chance: random.Random, small: Path | None) -> None:
     """Carry `run` to its end through everything. `small` is the disk that it is on, if that is a small one."""
     writing = chance.randrange(kills)
-    damaging, filling = chance.randrange(3, kills), chance.randrange(3, kills)
+    damaging, filling = (chance.randrange(3, max(4, kills // 2)) for _ in range(2))  # while it trains
     for kill in range(kills):
         process = run.start()
         seconds = chance.uniform(5, 100)
