@@ -135,7 +135,7 @@ def damage(run: Run, story: Story, chance: random.Random) -> None:
     path.write_bytes(raw)
     process = run.start()
     step = run.steps_done()
-    wait_until(lambda: run.steps_done() > step or not run.newest().exists(), 240)
+    wait_until(lambda: process.poll() is not None or run.steps_done() > step, 240)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate()
     named = [line for line in said.splitlines() if "is damaged" in line]
@@ -148,7 +148,8 @@ def fill(run: Run, story: Story, small: Path | None) -> None:
     lines = run.log.stat().st_size if run.log.is_file() else 0
     process = run.start(None if small is not None else 64 * 2**10)
     if small is not None:
-        wait_until(lambda: run.log.is_file() and run.log.stat().st_size > lines + 200, 600)  # it trains
+        training = lambda: run.log.is_file() and run.log.stat().st_size > lines + 200  # noqa: E731
+        wait_until(lambda: process.poll() is not None or training(), 600)
         filler = small / "filler"
         filler.write_bytes(b"\0" * max(0, shutil.disk_usage(small).free - 64 * 2**10))
     said, _ = process.communicate(timeout=900)
