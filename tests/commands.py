@@ -9,9 +9,8 @@ import pytest
 from fpdm.cli.main import main
 
 
-def refusal(captured: pytest.CaptureFixture, words: Sequence[object]) -> str:
-    """The message of a command that is refused with exit status 2, in one line and without a traceback, in whichever
-    process."""
+def refused(words: Sequence[object], captured: pytest.CaptureFixture) -> str:
+    """What a command says that is refused with exit status 2, without a traceback, in whichever process."""
     captured.readouterr()
     try:
         status = main([str(word) for word in words])
@@ -20,6 +19,12 @@ def refusal(captured: pytest.CaptureFixture, words: Sequence[object]) -> str:
     said = captured.readouterr().err
     assert status == 2, said
     assert "Traceback" not in said
+    return said
+
+
+def refusal(captured: pytest.CaptureFixture, words: Sequence[object]) -> str:
+    """The message of a command that is refused, which is one line."""
+    said = refused(words, captured)
     (message,) = [line for line in said.splitlines() if line.startswith(f"fpdm {words[0]}: ")]
     return message
 

@@ -16,6 +16,7 @@ from fpdm.cli import train
 from fpdm.cli.main import main, make_parser
 from fpdm.recipes import recipe
 from fpdm.training import checkpoints
+from tests.commands import refused
 
 TINY = [
     "--hidden-size", "16", "--num-heads", "2", "--patch-size", "4", "--batch-size", "8", "--steps", "4",
@@ -33,18 +34,6 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def model(runs):
     return str(runs / "digits")
-
-
-def refused(arguments, capsys):
-    """The message of a command that is refused with exit status 2 and no traceback."""
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as exit:
-        status = exit.code
-    said = capsys.readouterr().err
-    assert status == 2, said
-    assert "Traceback" not in said
-    return said
 
 
 def test_help_loads_neither_torch_nor_diffusers():

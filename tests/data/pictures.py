@@ -1,9 +1,11 @@
-"""Small images whose pixels tell their number, as bytes of image files."""
+"""Small images whose pixels tell their number, as bytes of image files; and what processes make of a stream."""
 
 import io
 
 import numpy as np
 from PIL import Image
+
+from fpdm.data import Slots, loader
 
 
 def pixels_of(number: int) -> np.ndarray:
@@ -26,3 +28,14 @@ def number_of(image: Image.Image) -> int:
     number = int(array[0, 0, 0]) + 256 * int(array[0, 0, 1])
     assert np.array_equal(array, pixels_of(number))
     return number
+
+
+def gather(stream, ranks=1, workers=0, first=0, last=5):
+    """(step, slot) -> (image, label) of all processes together, in batches of six."""
+    found = {}
+    for rank in range(ranks):
+        for batch in loader(stream, Slots(first, last, 6, 1, rank, ranks), workers, pin_memory=False):
+            assert (batch.broken, batch.failure) == ([], None)
+            for slot, image, label in zip(batch.slots, batch.images, batch.labels, strict=True):
+                found[batch.step, slot] = (image, int(label))
+    return found

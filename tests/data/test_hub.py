@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fpdm.data import BrokenImage, HubImages, ImagePreparation, Slots, Stream, hub_images, loader
-from tests.data.pictures import number_of, picture, pixels_of
+from fpdm.data import BrokenImage, HubImages, ImagePreparation, Stream, hub_images
+from tests.data.pictures import gather, number_of, picture, pixels_of
 
 datasets = pytest.importorskip("datasets")
 
@@ -267,22 +267,14 @@ def test_of_images_that_lie_in_files_too(tmp_path):
 # In a stream
 
 
-def gather(source, ranks=1, workers=0):
-    """(step, slot) -> (image, label) of all processes together."""
-    found = {}
-    stream = Stream(source, ImagePreparation(3, "random", flip=True), batch_size=6, seed=0)
-    for rank in range(ranks):
-        for batch in loader(stream, Slots(1, 4, 6, 1, rank, ranks), workers, pin_memory=False):
-            assert (batch.broken, batch.failure) == ([], None)
-            for slot, image, label in zip(batch.slots, batch.images, batch.labels, strict=True):
-                found[batch.step, slot] = (image, int(label))
-    return found
+def stream_of(source):
+    return Stream(source, ImagePreparation(3, "random", flip=True), batch_size=6, seed=0)
 
 
 @pytest.mark.parametrize(("ranks", "workers"), [(3, 0), (1, 2)])
 def test_processes_and_workers_see_the_same_images(tmp_path, ranks, workers):
     source = hub_images(saved(tmp_path / "a", data(20)))
-    whole, shared = gather(source), gather(source, ranks, workers)
+    whole, shared = gather(stream_of(source)), gather(stream_of(source), ranks, workers)
     assert whole.keys() == shared.keys()
     assert all(torch.equal(whole[key][0], shared[key][0]) and whole[key][1] == shared[key][1] for key in whole)
 

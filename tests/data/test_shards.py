@@ -15,10 +15,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from fpdm.data import BrokenImage, ImagePreparation, Shards, Slots, Stream, loader
+from fpdm.data import BrokenImage, ImagePreparation, Shards, Stream
 from fpdm.data.shards import braces, shard_paths
 from fpdm.data.tars import index_of, make_index
-from tests.data.pictures import number_of, picture
+from tests.data.pictures import gather, number_of, picture
 
 webdataset = pytest.importorskip("webdataset")
 
@@ -393,28 +393,17 @@ def stream_of(folder, batch_size=6):
     return Stream(Shards(folder), ImagePreparation(3, "random", flip=True), batch_size=batch_size, seed=0)
 
 
-def gather(folder, ranks=1, workers=0, first=0, last=5):
-    """(step, slot) -> (image, label) of all processes together."""
-    found = {}
-    for rank in range(ranks):
-        for batch in loader(stream_of(folder), Slots(first, last, 6, 1, rank, ranks), workers, pin_memory=False):
-            assert (batch.broken, batch.failure) == ([], None)
-            for slot, image, label in zip(batch.slots, batch.images, batch.labels, strict=True):
-                found[batch.step, slot] = (image, int(label))
-    return found
-
-
 @pytest.mark.parametrize(("ranks", "workers"), [(3, 0), (1, 2)])
 def test_processes_and_workers_see_the_same_images(tmp_path, ranks, workers):
     folder = write_shards(tmp_path, *[2] * 10)
-    whole, shared = gather(folder), gather(folder, ranks, workers)
+    whole, shared = gather(stream_of(folder)), gather(stream_of(folder), ranks, workers)
     assert whole.keys() == shared.keys() == {(step, slot) for step in range(5) for slot in range(6)}
     assert all(torch.equal(whole[key][0], shared[key][0]) and whole[key][1] == shared[key][1] for key in whole)
 
 
 def test_a_resumed_run_sees_what_an_unbroken_one_does(tmp_path):
     folder = write_shards(tmp_path, *[2] * 10)
-    whole, resumed = gather(folder), gather(folder, first=3)
+    whole, resumed = gather(stream_of(folder)), gather(stream_of(folder), first=3)
     assert all(torch.equal(whole[key][0], image) for key, (image, _) in resumed.items())
 
 

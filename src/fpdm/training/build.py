@@ -101,7 +101,8 @@ class Parts:
 def build(config: Config, stand_in: Source | None = None) -> Parts:
     """The parts of a run; `stand_in`, of latents, takes the place of the data that the config names.
 
-    Raises ValueError for data that is not there, sizes that do not fit, settings that contradict each other."""
+    Raises ValueError for data that is not there, sizes that do not fit, settings that contradict each other.
+    """
     opened = stand_in or open_source(config.data)
     schedule = make_schedule(
         beta_schedule=config.diffusion.beta_schedule,

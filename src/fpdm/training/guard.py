@@ -57,7 +57,8 @@ class Guard:
     def run_of_bad_steps(self) -> tuple[int, int]:
         """How many steps in a row were left out, and the first of them: up to now, or when patience ended.
 
-        Waits for the device."""
+        Waits for the device.
+        """
         _, _, in_a_row, first, _ = self.numbers.tolist()
         return int(in_a_row), int(first)
 
