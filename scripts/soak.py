@@ -1,12 +1,12 @@
 """A run that everything happens to, against one that nothing does: both must end with the same weights and log.
 
-    python scripts/soak.py --out FOLDER [--steps 20000] [--kills 60] [--seed 0]     an hour on two cores
+    python scripts/soak.py --out FOLDER [--steps 50000] [--kills 40] [--seed 0]     an hour on two cores
 
 Both train on the digits as an image folder, one file of which is broken. The disturbed one is killed (SIGKILL) at
-random moments, once in the middle of writing a checkpoint; finds its newest checkpoint damaged; and meets a full disk,
-a small one that is mounted for it (tmpfs, for which one must be root) or else a limit on the size of its files. After
-each of these the same command is given again. FOLDER/soak.json tells the story; the exit status is 0 if the two runs
-are equal.
+random moments until its steps are done, so many times at least, once in the middle of writing a checkpoint; finds its
+newest checkpoint damaged; and meets a full disk, a small one that is mounted for it (tmpfs, for which one must be root)
+or else a limit on the size of its files. After each of these the same command is given again. FOLDER/soak.json tells
+the story; the exit status is 0 if the two runs are equal.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Run:
     """A training that is started again and again by one command."""
 
     def __init__(self, folder: Path, data: Path, steps: int):
-        self.folder = folder / "run"
+        self.folder, self.steps = folder / "run", steps
         self.log, self.checkpoints = self.folder / "log.jsonl", self.folder / "checkpoints"
         settings = {
             "--data": data, "--channels": 1, "--image-size": 8, "--hidden-size": 64, "--num-heads": 4,
@@ -96,9 +97,10 @@ def make_data(folder: Path) -> None:
 
 def disturb(run: Run, story: Story, kills: int, chance: random.Random, small: Path | None) -> None:
     """Carry `run` to its end through everything. `small` is the disk that it is on, if that is a small one."""
-    writing = chance.randrange(kills)
-    damaging, filling = (chance.randrange(3, max(4, kills // 2)) for _ in range(2))  # while it trains
-    for kill in range(kills):
+    writing, damaging, filling = (chance.randrange(3, max(4, kills // 2)) for _ in range(3))  # while it trains
+    for kill in count():
+        if kill >= kills and run.steps_done() >= run.steps:
+            break
         process = run.start()
         seconds = chance.uniform(5, 100)
         if kill == writing:
@@ -190,8 +192,8 @@ def mounted(folder: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50_000)
+    parser.add_argument("--kills", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.out.exists():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import fpdm
-from fpdm.cli import demo, evaluate, info, latents, plan, replay, runs, sample, sweep, train, tune
+from fpdm.cli import demo, evaluate, experiment, info, latents, plan, replay, runs, sample, sweep, train, tune
 from fpdm.names import unknown
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "tune": tune,
     "evaluate": evaluate,
     "sweep": sweep,
+    "experiment": experiment,
     "demo": demo,
 }
 INTERRUPTED = 130  # as shells report a process ended by Ctrl-C

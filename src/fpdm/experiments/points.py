@@ -1,7 +1,7 @@
 """What a sweep is made of: points, each a model and a way to draw from it."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -144,25 +144,36 @@ def points_of(models: list[str], axes: Axes, settings: Settings) -> tuple[list[P
     for label, folder in labelled(models).items():
         pipe = load_pipeline(folder, "cpu", "float32")
         identity = digest(pipe.transformer)
-        seen: set[Any] = set()
         for budget in axes.budgets if axes.tuned else ():
             if (budget, settings.guidance_scale) not in {(p.budget, p.guidance_scale) for p in pipe.tuned_plans}:
                 left_out.append(f"{label}-{budget}-tuned: the model has no such plan")
-        for budget, choices, tuned in axes.choices(pipe, settings.guidance_scale):
-            try:
-                plan, point = choices.plan(pipe), Point.of(label, folder, identity, pipe, budget, choices, tuned)
-            except ValueError as error:
-                left_out.append(f"{Point(label, folder, '', budget, choices, tuned).key}: {error}")
-                continue
-            alike = (plan, replace(choices, iterations=None, allocation="constant"), tuned)
-            if alike in seen:
-                left_out.append(f"{point.key}: the same plan as another")
-                continue
-            seen.add(alike)
-            points.append(point)
+        points += distinct(label, folder, identity, pipe, axes.choices(pipe, settings.guidance_scale), left_out)
     if not points:
         raise ValueError("none of these points can be: " + "; ".join(left_out))
     return sorted(points, key=lambda point: (point.budget, point.operations)), left_out
+
+
+def distinct(
+    label: str,
+    folder: str,
+    identity: str,
+    pipe: FixedPointDiTPipeline,
+    wanted: Iterable[tuple[int, Choices, bool]],
+    left_out: list[str],
+) -> list[Point]:
+    """The points of one model, each plan once. What cannot be is added to `left_out`, with the reason."""
+    points: dict[Any, Point] = {}
+    for budget, choices, tuned in wanted:
+        try:
+            plan, point = choices.plan(pipe), Point.of(label, folder, identity, pipe, budget, choices, tuned)
+        except ValueError as error:
+            left_out.append(f"{Point(label, folder, '', budget, choices, tuned).key}: {error}")
+            continue
+        alike = (plan, replace(choices, iterations=None, allocation="constant"), tuned)
+        if alike in points:
+            left_out.append(f"{point.key}: the same plan as another")
+        points.setdefault(alike, point)
+    return list(points.values())
 
 
 def labelled(models: list[str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ class Context(NamedTuple):
 
     injected: Tensor  # u's share of the first linear map, bias included (B, N, 2D)
     modulations: tuple[Modulation, ...]  # of each block of the group
+    skip: Tensor | None = None  # u, where it is added to the injection
 
 
 class FixedPointCore(nn.Module):
@@ -30,10 +31,15 @@ class FixedPointCore(nn.Module):
 
     The first linear map of the MLP acts on a concatenation, W [z ; P u] + b = W_z z + (W_u P u + b): two maps, of which
     the second and the blocks' modulations belong to the context.
+
+    With `input_skip` u is added to what the MLP returns, which starts at zero: the blocks' residual stream begins at u,
+    as it does in an explicit network, and the MLP has to learn only what the iterate adds to that. Without it, all that
+    is known of the image passes through the MLP anew at every iteration.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, num_core: int):
+    def __init__(self, hidden_size: int, num_heads: int, num_core: int, input_skip: bool = False):
         super().__init__()
+        self.input_skip = input_skip
         self.project = nn.Linear(hidden_size, hidden_size)  # P
         self.inject_z = nn.Linear(hidden_size, 2 * hidden_size, bias=False)  # W_z
         self.inject_u = nn.Linear(hidden_size, 2 * hidden_size)  # W_u, b
@@ -43,12 +49,14 @@ class FixedPointCore(nn.Module):
     def prepare(self, u: Tensor, c: Tensor) -> Context:
         """The context of a solve, from `u` (B, N, D) and `c` (B, D), which is the conditioning after SiLU."""
         modulations = tuple(block.modulation(c) for block in self.blocks)  # type: ignore[operator]
-        return Context(self.inject_u(self.project(u)), modulations)
+        return Context(self.inject_u(self.project(u)), modulations, u if self.input_skip else None)
 
     def step(self, z: Tensor, context: Context) -> Tensor:
         """One application of f to `z` (B, N, D)."""
         # As precise as it came: under autocast z is float32, and blocks add to it as an explicit network's do.
         z = self.inject_out(F.gelu(self.inject_z(z) + context.injected, approximate="tanh")).to(z.dtype)
+        if context.skip is not None:
+            z = z + context.skip
         for block, modulation in zip(self.blocks, context.modulations, strict=True):
             z = block(z, modulation)
         return z
@@ -65,6 +73,7 @@ class FixedPointDiT(Denoiser):
     num_classes          0 for an unconditional model; label `num_classes` is the null class
     learned_variance     whether the output has a second half, for the variance (Nichol and Dhariwal 2021)
     time_in_pre_post     whether pre and post blocks and the final layer see t as well as y
+    input_skip           whether u is added to the injection; the paper has no such thing. See `FixedPointCore`
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -83,6 +92,7 @@ class FixedPointDiT(Denoiser):
         num_classes: int = 1000,
         learned_variance: bool = True,
         time_in_pre_post: bool = False,
+        input_skip: bool = False,
     ):
         super().__init__()
         self._build(sample_size, patch_size, in_channels, hidden_size, num_heads)
@@ -90,11 +100,13 @@ class FixedPointDiT(Denoiser):
             if count < 1:
                 raise ValueError(f"{name} is {count}; it must be at least 1")
         self.pre = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_pre))
-        self.core = FixedPointCore(hidden_size, num_heads, num_core)
+        self.core = FixedPointCore(hidden_size, num_heads, num_core, input_skip)
         self.post = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_post))
         self._initialize()
         for half in (self.core.inject_z, self.core.inject_u):  # halves of one 2D x 2D map: Xavier's bound of the whole
             nn.init.xavier_uniform_(half.weight, gain=(3 / 4) ** 0.5)
+        if input_skip:
+            nn.init.zeros_(self.core.inject_out.weight)
 
     def passes(self, iterations: int | None = None) -> int:
         """Transformer block passes of one evaluation with `iterations` >= 1: pre + K iterations + post."""

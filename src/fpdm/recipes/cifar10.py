@@ -10,6 +10,8 @@ def cifar10() -> Config:
         source="folder",
         image_size=32,
         model="S/2",
+        time_in_pre_post=True,
+        input_skip=True,
         flip=True,
         steps=200_000,
         batch_size=128,

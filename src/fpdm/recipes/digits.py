@@ -17,6 +17,8 @@ def digits() -> Config:
         patch_size=2,
         prediction_type="v_prediction",
         beta_schedule="cosine",
+        time_in_pre_post=True,
+        input_skip=True,
         no_grad_max=6,
         with_grad_max=6,
         steps=2800,

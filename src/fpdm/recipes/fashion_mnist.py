@@ -15,6 +15,8 @@ def fashion_mnist() -> Config:
         patch_size=4,
         prediction_type="v_prediction",
         beta_schedule="cosine",
+        time_in_pre_post=True,
+        input_skip=True,
         no_grad_max=6,
         with_grad_max=6,
         steps=10_000,

@@ -13,6 +13,8 @@ def images() -> Config:
         source="auto",
         image_size=64,
         model="S/4",
+        time_in_pre_post=True,
+        input_skip=True,
         flip=True,
         prediction_type="v_prediction",
         beta_schedule="cosine",

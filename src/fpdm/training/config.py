@@ -31,6 +31,7 @@ class ModelConfig:
     num_core: int = option(1, "blocks in the shared group of the fixed point", least=1)
     num_post: int = option(1, "explicit blocks after the fixed point", least=1)
     time_in_pre_post: bool = option(False, "pre and post blocks see the timestep too")
+    input_skip: bool = option(False, "what pre blocks return is added to the injection of the fixed point")
     learned_variance: bool = option(True, "learn the variance, for DDPM sampling")
 
 
@@ -122,8 +123,13 @@ class Config:
     run: RunConfig = RunConfig()
 
     def with_fields(self, **changes: Any) -> "Config":
-        """A copy with single fields changed, by their names. Raises ValueError for an unknown field or a bad value."""
+        """A copy with single fields changed, by their names. What only a fixed point network has goes back to its
+        default where the network becomes an explicit one.
+
+        Raises ValueError for an unknown field or a bad value."""
         homes = {name: group for group, name in field_names()}
+        if changes.get("network") == "dit":
+            changes = {**{name: getattr(groups()[homes[name]](), name) for name in FIXED_POINT_ONLY}, **changes}
         for name in changes:
             if name not in homes:
                 raise ValueError(unknown("field", name, homes))
@@ -156,6 +162,13 @@ CHANGEABLE = {
     "accumulation", "workers", "device", "tracker", "data", "source", "vae", "checkpointing", "tf32", "compile",
     "sharding", "on_divergence", "on_full_disk", "time_limit",
 }  # fmt: skip
+
+
+# Settings of fixed point networks, and of how they are trained.
+FIXED_POINT_ONLY = (
+    "num_pre", "num_core", "num_post", "time_in_pre_post", "input_skip", "gradient", "damping", "tolerance",
+    "exit_loss", "exit_weight", "warm_share",
+)  # fmt: skip
 
 
 def groups() -> dict[str, type]:

@@ -14,6 +14,7 @@ from fpdm.fixedpoint import (
     StochasticJacobianFree,
     Unroll,
 )
+from fpdm.keyed import generator
 from fpdm.models import Denoiser
 from fpdm.sampling import operations_of
 from fpdm.training.config import GradientConfig
@@ -119,3 +120,11 @@ def make_courses(config: GradientConfig, num_core: int) -> Courses:
         case "unroll":
             gradient = Unroll(m)
     return Courses(gradient, FixedIterations(n), config.exit_loss != "none", config.warm_share)
+
+
+def mean_operations(model: Denoiser, courses: Courses | None, draws: int = 500) -> float:
+    """Operations per image of a training step, on average over `draws` of its courses; see `operations`."""
+    if courses is None:
+        return operations(model)
+    drawn = [courses.draw(generator("mean operations", i)) for i in range(draws)]
+    return sum(operations(model, course.solve, course.warm) for course in drawn) / draws

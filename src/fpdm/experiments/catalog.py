@@ -1,0 +1,104 @@
+"""The tables of docs/reproduction.md, and what they can stand on.
+
+Nothing here is computed: `fpdm experiment NAME --on GROUND` does what a table says.
+"""
+
+from fpdm.experiments.points import Axes
+from fpdm.experiments.table import Ground, Model, Table
+from fpdm.names import unknown
+
+BUDGETS = (24, 40, 80, 160, 560)
+FEW_BUDGETS = (24, 40, 80, 160)
+ITERATIONS = (1, 2, 3, 6, 12)  # per timestep; among them each model finds its own at each budget
+FORMS = {"DDPM": "ddpm", "DDIM": "ddim", "DPM-Solver++": "dpm++", "UniPC": "unipc"}
+BEST = Axes(FEW_BUDGETS, ("unipc", "dpm++"), ITERATIONS)
+PAPER = {"time_in_pre_post": False, "input_skip": False}
+
+FULL, HALF, NEAREST = 8, 4, 3  # depths of the DiTs; the last one's parameters are nearest to FPDM's
+MODELS = {
+    "fpdm": Model("FPDM, 1+1+1"),
+    "fpdm-paper": Model("FPDM as in the paper", PAPER),
+    "fpdm-k2": Model("FPDM, 1+2+1", {"num_core": 2}),
+    "fpdm-k4": Model("FPDM, 1+4+1", {"num_core": 4}),
+    **{f"dit{depth}": Model(f"DiT, {depth} blocks", {"network": "dit", "depth": depth})
+       for depth in (NEAREST, HALF, FULL)},
+}  # fmt: skip
+
+METHODS = {
+    "fpdm": Model("S-JFB"),
+    "jfb": Model("JFB", {"gradient": "jfb"}),
+    "multistep": Model("multi-step JFB, 3 and 3", {"gradient": "multistep", "no_grad_max": 3, "with_grad_max": 3}),
+    "phantom": Model("phantom, 3 and 3", {"gradient": "phantom", "no_grad_max": 3, "with_grad_max": 3}),
+    "implicit": Model("implicit", {"gradient": "implicit"}),
+    "unroll": Model("unrolled", {"gradient": "unroll"}),
+    "exits": Model("S-JFB, exits on the target", {"exit_loss": "target"}),
+    "distilled": Model("S-JFB, exits on the final prediction", {"exit_loss": "final"}),
+    "warm": Model("S-JFB, half of the steps warm", {"warm_share": 0.5}),
+    "exits-warm": Model("S-JFB, exits on the target, half warm", {"exit_loss": "target", "warm_share": 0.5}),
+    "unroll-exits": Model("unrolled, exits on the target", {"gradient": "unroll", "exit_loss": "target"}),
+    "m1": Model("S-JFB, M = 1", {"with_grad_max": 1}),
+    "m3": Model("S-JFB, M = 3", {"with_grad_max": 3}),
+    "m12": Model("S-JFB, M = 12", {"with_grad_max": 12}),
+}
+
+FORM = {
+    "fpdm-paper": Model("as in the paper", PAPER),
+    "time": Model("+ time in pre and post", {"input_skip": False}),
+    "skip": Model("+ skip", {"time_in_pre_post": False}),
+    "fpdm": Model("+ both"),
+}
+
+DEPTHS = {
+    "fpdm": Model("1 pre, 1 post"),
+    **{f"pre{pre}-post{post}": Model(f"{pre} pre, {post} post", {"num_pre": pre, "num_post": post})
+       for pre, post in ((2, 1), (1, 2), (2, 2), (4, 4))},
+}  # fmt: skip
+
+SPENDING = {
+    **{f"{n} iterations, no reuse": Axes(FEW_BUDGETS, ("dpm++",), (n,), reuses=("none",)) for n in ITERATIONS},
+    **{f"{n} iterations": Axes(FEW_BUDGETS, ("dpm++",), (n,)) for n in ITERATIONS},
+    "linear forecast": Axes(FEW_BUDGETS, ("dpm++",), ITERATIONS, reuses=("linear",)),
+    **{f"{name} allocation": Axes(FEW_BUDGETS, ("dpm++",), ITERATIONS, allocations=(f"linear:{slope}",))
+       for name, slope in (("rising", 1), ("falling", -1))},
+    "Anderson": Axes(FEW_BUDGETS, ("dpm++",), ITERATIONS, solvers=("anderson:2",)),
+    "UniPC": Axes(FEW_BUDGETS, ("unipc",), ITERATIONS),
+    "tuned": Axes(FEW_BUDGETS, ("dpm++", "unipc"), tuned=True),
+}  # fmt: skip
+
+TABLES = {
+    "main": Table(
+        "At which budgets is which model best?",
+        MODELS,
+        {name: Axes(BUDGETS, (scheduler,), ITERATIONS) for name, scheduler in FORMS.items()},
+    ),
+    "operations": Table(
+        "And if all were trained with equally many operations?",
+        MODELS,
+        {"best": BEST},
+        equal="operations",
+    ),
+    "methods": Table("Which gradient, and what besides?", METHODS, {"best": BEST}),
+    "form": Table("What do the two changes to the paper's network gain?", FORM, {"best": BEST}),
+    "depths": Table("How many explicit blocks?", DEPTHS, {"best": BEST}),
+    "spending": Table("What does each way to spend a budget gain?", {"fpdm": MODELS["fpdm"]}, SPENDING),
+}
+
+GROUNDS = {
+    "digits": Ground("digits"),
+    "fashion-mnist": Ground("fashion_mnist", data="the folder of the four IDX files", split="test", seeds=(0,)),
+    "cifar10": Ground("cifar10", data="an image folder, one folder per class", reported_on=10_000),
+}
+
+
+def table(name: str) -> Table:
+    """Raises ValueError for a name that no table has."""
+    if name not in TABLES:
+        raise ValueError(unknown("table", name, TABLES))
+    return TABLES[name]
+
+
+def ground(name: str) -> Ground:
+    """Raises ValueError for a name that no ground has."""
+    if name not in GROUNDS:
+        raise ValueError(unknown("ground", name, GROUNDS))
+    return GROUNDS[name]

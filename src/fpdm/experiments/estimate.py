@@ -1,0 +1,104 @@
+"""What an experiment has to do, and how long that will take on this machine: a few steps of each kind are timed."""
+
+import io
+import time
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+
+from fpdm.drawing import Choices
+from fpdm.experiments.experiment import Experiment, untuned
+from fpdm.experiments.points import distinct
+from fpdm.experiments.table import Training
+from fpdm.experiments.trainings import is_trained
+from fpdm.models import Denoiser
+from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.sampling import measure_seconds, solver_of
+from fpdm.training.loop import Trainer
+
+WARM, TIMED = 2, 10  # steps
+BATCH = 64  # samples at a time
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Seconds of one process."""
+
+    training: float
+    choosing: float
+    reporting: float
+
+    @property
+    def total(self) -> float:
+        return self.training + self.choosing + self.reporting
+
+
+def estimate(experiment: Experiment, labels: list[str], seeds: list[int]) -> Iterator[str]:
+    """A line per model, and the sum. What is finished is not counted, except for points; measuring samples is not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, before // experiment.processes))
+    try:
+        total = 0.0
+        yield f"{'hours of one process':24} {'trainings':>16} {'choosing plans':>16} {'reporting':>12}"
+        for label in labels:
+            trainings = [t for t in experiment.trainings() if t.label == label and t.seed in seeds]
+            missing = [t for t in trainings if not is_trained(t, experiment.runs)]
+            needed = needed_by(experiment, trainings, missing)
+            total += needed.total
+            count = f"{needed.training / 3600:.2f} ({len(missing)})"
+            yield f"{label:24} {count:>16} {needed.choosing / 3600:>16.2f} {needed.reporting / 3600:>12.2f}"
+    finally:
+        torch.set_num_threads(before)
+    yield (
+        f"about {total / 3600 / experiment.processes:.1f} hours with {experiment.processes} processes at a time, "
+        "if each gets what it had here, and without the measuring of the samples"
+    )
+
+
+def needed_by(experiment: Experiment, trainings: list[Training], missing: list[Training]) -> Needed:
+    """The seconds that a model takes."""
+    per_step, pipe = time_steps(trainings[0])
+    training_time = sum(per_step * t.config.optimizer.steps for t in missing)
+    choosing = reporting = 0.0
+    seconds: dict[str, float] = {}
+    first, one_model = experiment.ground.seeds[0], len(experiment.table.models) == 1
+    for budget in experiment.table.budgets:
+        of_ways = []  # seconds of each way's plans
+        for axes in experiment.table.ways.values():
+            points = distinct("", "", "", pipe, [w for w in untuned(axes, pipe) if w[0] == budget], [])
+            of_ways.append([drawing_seconds(pipe.transformer, p.choices, pipe, seconds) for p in points])
+        most = [max(own) for own in of_ways if own]
+        choosing += experiment.ground.chosen_on * sum(map(sum, of_ways)) if sum(map(len, of_ways)) > 1 else 0
+        for training in trainings:
+            all_ways = training.seed == first or one_model
+            reporting += experiment.ground.reported_on * (sum(most) if all_ways else max(most, default=0.0))
+    return Needed(training_time, choosing, reporting)
+
+
+def drawing_seconds(model: Denoiser, choices: Choices, pipe: FixedPointDiTPipeline, known: dict[str, float]) -> float:
+    """Seconds per image. `known` keeps what was timed, by solver."""
+    plan = choices.plan(pipe)
+    if choices.solver not in known:
+        timed = measure_seconds(model, BATCH, solver_of(choices.solver))
+        known[choices.solver] = timed.fixed
+        known[choices.solver + " per iteration"] = timed.per_iteration
+    iterations = sum(n or 0 for n in plan.iterations)
+    fixed, per_iteration = known[choices.solver], known[choices.solver + " per iteration"]
+    return (plan.num_steps * fixed + iterations * per_iteration) / BATCH
+
+
+def time_steps(training: Training) -> tuple[float, FixedPointDiTPipeline]:
+    """Seconds per step of a training, from a few; and a pipeline of its kind, hardly trained."""
+    short = {"log_every": 1, "checkpoint_every": 10**6, "sample_every": 10**6, "validate_every": 10**6}
+    with TemporaryDirectory() as folder:
+        times = list[float]()
+        with redirect_stderr(io.StringIO()):  # the bars
+            trainer = Trainer(training.config.with_fields(**short, steps=WARM + TIMED), Path(folder) / "timed")
+            trainer.pace.stepped = lambda: times.append(time.perf_counter())  # type: ignore[method-assign]
+            trainer.run()
+        pipe = FixedPointDiTPipeline.from_pretrained(trainer.dir.pipeline)
+    return (times[-1] - times[WARM - 1]) / TIMED, pipe

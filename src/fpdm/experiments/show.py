@@ -1,0 +1,133 @@
+"""Tables and plots of an experiment's result.json: as text, as Markdown, and as a picture."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fpdm.evaluation.result import significant
+from fpdm.experiments.page import COLOURS
+from fpdm.files import write_aside
+
+Row = dict[str, Any]
+BEST = "best of all"
+
+
+def markdown(result: Row, way: str | None = None) -> str:
+    """The Frechet distance by model (or by way, where there is but one model) and budget: over trainings the mean, and
+    the smallest and largest. The lowest mean at each budget is bold.
+
+    way  of drawing; None takes the best of all at each budget
+    """
+    heads, rows = table_rows(result, way)
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def as_text(result: Row) -> str:
+    """The same for a terminal."""
+    heads, rows = table_rows(result, None)
+    rows = [[cell.replace("**", "") for cell in row] for row in [heads, *rows]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return f"{result['question']}\n\n{table}"
+
+
+def table_rows(result: Row, way: str | None) -> tuple[list[str], list[list[str]]]:
+    budgets, lines = result["budgets"], list(lines_of(result, way))
+    means = [{b: mean(values[b]) for b in budgets if values.get(b)} for _, _, values in lines]
+    least = {b: min((m[b] for m in means if b in m), default=None) for b in budgets}
+    rows = []
+    for (_, name, values), of_line in zip(lines, means, strict=True):
+        cells = [cell(values.get(b, []), of_line.get(b) == least[b]) for b in budgets]
+        rows.append([name, *cells])
+    if result["real"]:
+        rows.append(["real images", *[significant(next(iter(result["real"].values())))] * len(budgets)])
+    return ["block passes", *map(str, budgets)], rows
+
+
+def cell(values: list[float], lowest: bool) -> str:
+    """Mean, and the range where there are several; nothing where there are none."""
+    if not values:
+        return ""
+    text = significant(mean(values))
+    if lowest:
+        text = f"**{text}**"
+    return text if len(values) == 1 else f"{text} ({significant(min(values))} to {significant(max(values))})"
+
+
+def lines_of(result: Row, way: str | None) -> Iterator[tuple[str, str, dict[int, list[float]]]]:
+    """Label, name and distances by budget of each line of a table: one per model, or one per way."""
+    models = {row["model"] for row in result["points"]}
+    if way is None and len(result["models"]) == 1:
+        for name in result["ways"]:
+            yield name, name, values_of(result, [p for p in result["points"] if p["way"] == name])
+        return
+    for label, title in result["models"].items():
+        if label not in models:
+            continue
+        parameters = next(t["parameters"] for t in result["trainings"] if t["model"] == label)
+        own = [p for p in result["points"] if p["model"] == label and way in (None, p["way"])]
+        yield label, f"{title} ({parameters / 1e6:.2f} M)", values_of(result, own)
+
+
+def values_of(result: Row, points: Iterable[Row]) -> dict[int, list[float]]:
+    """Budget -> a distance per training: of the way that is best on average, where there are several."""
+    found: dict[int, dict[str, list[float]]] = {}
+    for point in points:
+        by_way = found.setdefault(point["budget"], {})
+        by_way.setdefault(point["way"], []).append(distance(point))
+    most = {budget: max(map(len, ways.values())) for budget, ways in found.items()}
+    whole = {b: [v for v in ways.values() if len(v) == most[b]] for b, ways in found.items()}
+    return {budget: min(ways, key=mean) for budget, ways in whole.items()}
+
+
+def distance(point: Row) -> float:
+    return float(next(iter(point["measures"].values()))[0])
+
+
+def plot(result: Row, path: Path) -> None:
+    """Quality against budget: a panel per way, a line per model; or one panel with a line per way, of one model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+
+    ways = result["ways"] if len(result["models"]) > 1 else [None]
+    figure, axes = plt.subplots(
+        1, len(ways), figsize=(1.6 + 4.4 * max(len(ways), 1.4), 4.6), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, way in zip(axes[0], ways, strict=True):
+        for place, (_, name, values) in enumerate(lines_of(result, way)):
+            budgets = sorted(values)
+            colour, dashed = COLOURS[place % len(COLOURS)], place >= len(COLOURS)
+            means = [mean(values[b]) for b in budgets]
+            axis.plot(budgets, means, marker="s" if dashed else "o", markersize=4, linewidth=1.4, color=colour,
+                      linestyle="--" if dashed else "-", label=name)  # fmt: skip
+            ends = [[f(values[b]) for b in budgets] for f in (min, max)]
+            axis.fill_between(budgets, *ends, color=colour, alpha=0.15, linewidth=0)
+        if result["real"]:
+            axis.axhline(next(iter(result["real"].values())), color="black", linewidth=0.8, linestyle=":")
+        axis.set(xscale="log", yscale="log", xlabel="block passes per image", title=way or "")
+        axis.xaxis.set_major_locator(FixedLocator(result["budgets"]))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(ScalarFormatter())
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel(f"{next(iter(result['real'] or {'distance': 0}))}, lower is better")
+    axes[0][-1].legend(fontsize=8)
+    write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
+    plt.close(figure)
+
+
+def write_page(result: Row, out: Path) -> Path:
+    """Write OUT/table.md, and OUT/plot.png which it shows."""
+    plot(result, out / "plot.png")
+    parts = [f"# {result['question']}", markdown(result), "![quality against budget](plot.png)"]
+    if len(result["models"]) > 1 and len(result["ways"]) > 1:
+        parts += [f"## {way}\n\n{markdown(result, way)}" for way in result["ways"]]
+    path = out / "table.md"
+    write_aside(path, lambda aside: aside.write_text("\n\n".join(parts) + "\n", "utf-8"))
+    return path

@@ -1,0 +1,149 @@
+"""The trainings of a table: each a process of its own, several at a time, gone on with wherever they were stopped."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from fpdm.experiments.table import Training
+from fpdm.files import read_json
+from fpdm.training.config import differences
+from fpdm.training.listing import numbers, standing
+
+PAUSE = 1.0  # seconds between looks
+
+
+def train_missing(
+    trainings: list[Training],
+    runs: Path,
+    processes: int,
+    say: Callable[[str], None] = print,
+    threads: int | None = None,
+) -> None:
+    """Do what is missing of the trainings, in folders of their names in `runs`, so many at a time.
+
+    threads  of each process; by default they share the machine's cores
+
+    An interrupt stops all of them, saved. Raises ValueError before anything starts if a folder holds another run, and
+    ChildProcessError for a training that fails, once the others that had begun are stopped and saved.
+    """
+    check_runs(trainings, runs)
+    missing = [training for training in trainings if not is_trained(training, runs)]
+    if len(missing) < len(trainings):
+        say(f"{len(trainings) - len(missing)} of {len(trainings)} trainings are there")
+    if not missing:
+        return
+    threads = threads or max(1, (os.cpu_count() or 1) // processes)
+    waiting, working = list(missing), list[tuple[Training, subprocess.Popen[bytes]]]()
+    with tqdm(
+        total=sum(steps_of(training) for training in missing), unit="step", mininterval=0.5, desc="training"
+    ) as bar:
+        try:
+            while waiting or working:
+                while waiting and len(working) < processes:
+                    training = waiting.pop(0)
+                    working.append((training, started(training, runs, threads)))
+                time.sleep(PAUSE)
+                for training, process in list(working):
+                    if process.poll() is not None:
+                        working.remove((training, process))
+                        check_ended(training, process, runs)
+                        bar.write(f"{training.name} is trained")
+                bar.n = sum(steps_done(training, runs) for training in missing)
+                bar.refresh()
+        finally:
+            stop([process for _, process in working])
+
+
+def is_trained(training: Training, runs: Path) -> bool:
+    folder = runs / training.name
+    return (folder / "config.json").is_file() and standing(folder).state == "finished"
+
+
+def steps_of(training: Training) -> int:
+    return training.config.optimizer.steps
+
+
+def steps_done(training: Training, runs: Path) -> int:
+    """By the log, which lags behind a little."""
+    return int(numbers(runs / training.name / "log.jsonl").get("step", 0))
+
+
+def check_runs(trainings: list[Training], runs: Path) -> None:
+    """Raises ValueError if a folder of one of the trainings' names holds another run."""
+    for training in trainings:
+        path = runs / training.name / "config.json"
+        if not path.is_file():
+            continue
+        changed = differences(read_json(path), training.config.to_dict())
+        if changed:
+            listed = "; ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in changed.items())
+            raise ValueError(f"{path.parent} holds another run than this table's: {listed}. Choose another --runs-dir")
+
+
+def started(training: Training, runs: Path, threads: int) -> "subprocess.Popen[bytes]":
+    """The process of a training. What it prints goes to train.out in `runs`, by its name."""
+    runs.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "fpdm", "train", *training.words, "--name", training.name, "--runs-dir", str(runs)]
+    with output_of(training, runs).open("ab") as output:
+        output.write(f"$ fpdm {shlex.join(command[3:])}\n".encode())
+        output.flush()
+        # In a session of its own: a Ctrl-C is for us to pass on, once.
+        return subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        )  # fmt: skip
+
+
+def output_of(training: Training, runs: Path) -> Path:
+    return runs / f"{training.name}.out"
+
+
+def check_ended(training: Training, process: "subprocess.Popen[Any]", runs: Path) -> None:
+    if process.returncode == 0 and is_trained(training, runs):
+        return
+    tail = output_of(training, runs).read_text(errors="replace").replace("\r", "\n").strip().splitlines()[-5:]
+    raise ChildProcessError(
+        f"the training {training.name} ended with status {process.returncode}; the last of what it said, in "
+        f"{output_of(training, runs)}:\n  " + "\n  ".join(tail) + "\nThe same command goes on with it."
+    )
+
+
+def stop(processes: "list[subprocess.Popen[Any]]") -> None:
+    """Have them save and end."""
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    for process in processes:
+        process.wait()
+
+
+def written(training: Training, runs: Path) -> dict[str, Any]:
+    """What is kept of a finished training. Its seconds are those of the steps alone, all parts of a run together."""
+    config = training.config
+    lines = [json.loads(line) for line in (runs / training.name / "log.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "images_per_second" in line]
+    images = config.run.log_every * config.optimizer.batch_size
+    return {
+        "model": training.label,
+        "seed": training.seed,
+        "command": "fpdm train " + shlex.join(portable(training).words),
+        "steps": config.optimizer.steps,
+        "batch_size": config.optimizer.batch_size,
+        "loss": logged[-1]["loss"] if logged else None,
+        "seconds": round(sum(images / line["images_per_second"] for line in logged), 1),
+    }
+
+
+def portable(training: Training) -> Training:
+    """The training without where its data are."""
+    kept = {name: "DATA" if name == "data" else value for name, value in training.changes.items()}
+    return replace(training, changes=kept)
