@@ -64,7 +64,7 @@ class Run:
         words = [str(word) for pair in settings.items() for word in pair if word is not None]
         self.command = [sys.executable, "-m", "fpdm", "train", "images", *words, "--model", "S/2"]
 
-    def start(self, limit: int | None = None) -> subprocess.Popen:
+    def start(self, limit: int | None = None, output: Any = subprocess.PIPE) -> subprocess.Popen:
         """`limit` bytes are the most that a file of the process may have."""
 
         def limited() -> None:
@@ -72,7 +72,7 @@ class Run:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
         return subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=limited,
+            self.command, stdout=output, stderr=subprocess.STDOUT, text=True, preexec_fn=limited,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
 
@@ -203,14 +203,14 @@ def main() -> int:
     make_data(options.out / "data")
 
     calm = Run(options.out / "calm", options.out / "data", options.steps)
-    undisturbed = calm.start()
+    undisturbed = calm.start(output=(options.out / "calm.out").open("w"))  # a pipe would fill, and stop it
     small = options.out / "small"
     disk = small if mounted(small) else None
     story.tell("begun", small_disk=bool(disk), steps=options.steps, kills=options.kills)
     try:
         wild = Run(small, options.out / "data", options.steps)
         disturb(wild, story, options.kills, chance, disk)
-        undisturbed.communicate()
+        undisturbed.wait()
         story.tell(f"the undisturbed run ended with status {undisturbed.returncode}")
         wrong = differences(calm, wild, options.steps)
         story.tell("the two runs are equal" if not wrong else "the two runs differ", differences=wrong)

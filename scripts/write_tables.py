@@ -14,9 +14,10 @@ from typing import Any
 
 from fpdm.evaluation import Evaluation, Measure
 from fpdm.evaluation.result import significant
+from fpdm.experiments.show import markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / "docs" / name for name in ("evaluation.md", "how-to-choose.md", "training.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("evaluation.md", "how-to-choose.md", "reproduction.md", "training.md"))
 Point = dict[str, Any]
 
 
@@ -202,7 +203,13 @@ def soak(path: str) -> str:
     return "\n".join([*lines, row([f"after {minutes:.0f} minutes, weights, average, moments and log", equal])])
 
 
+def experiment(path: str, *way: str) -> str:
+    """The table of `fpdm experiment`: at each budget the best way, or one of them."""
+    return markdown(json.loads((ROOT / path).read_text()), *way)
+
+
 TABLES: dict[str, Callable[..., str]] = {
+    "experiment": experiment,
     "metrics": metrics,
     "models": models,
     "ladder": ladder,

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from fpdm.names import nearest
 
 PROBE = 0.5  # seconds; one that only looks whether a folder is held is gone by then
+SHIPPED = Path(__file__).parent / "shipped"  # models inside the package
 UMASK = os.umask(0o022)
 os.umask(UMASK)
 
@@ -105,8 +106,14 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpdm"
 
 
+def shipped() -> list[str]:
+    """The names of the models inside the package, which are found by them wherever no folder of the name is a model."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/model_index.json"))
+
+
 def model_folder(name: str) -> str:
-    """The pipeline folder that `name` means: itself, the one inside a run, or a name on the hub, organisation/model.
+    """The pipeline folder that `name` means: itself, the one inside a run, a model's inside the package, or a name on
+    the hub, organisation/model.
 
     Raises ValueError for a local folder that holds no model, or one of another kind.
     """
@@ -117,6 +124,8 @@ def model_folder(name: str) -> str:
             if made_for != "FixedPointDiTPipeline":
                 raise ValueError(f"{folder} is a {made_for}, not a FixedPointDiTPipeline")
             return str(folder)
+    if name in shipped():
+        return str(SHIPPED / name)
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         raise ValueError(f"{name} is a run without a model yet: let its training end, or interrupt it with Ctrl-C")
     if path.exists():
@@ -125,5 +134,6 @@ def model_folder(name: str) -> str:
     if not first or not rest or "/" in rest or first in (".", "..", "~") or Path(first).exists():
         near = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else None
         hint = f" Did you mean {path.parent / near}?" if near else ""
-        raise ValueError(f"there is no folder {name}.{hint}")
+        inside = f" Models inside the package: {', '.join(shipped())}." if shipped() else ""
+        raise ValueError(f"there is no folder {name}.{hint}{inside}")
     return name

@@ -15,6 +15,7 @@ from diffusers.utils import BaseOutput, logging
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from fpdm.files import SHIPPED, shipped
 from fpdm.fixedpoint import Picard, Solver, Status
 
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
@@ -88,11 +89,14 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """Open a pipeline folder, or a name on the hub. Options are diffusers'; nothing is ever unpickled.
+        """Open a pipeline folder, a model inside the package, or a name on the hub. Options are diffusers'; nothing is
+        ever unpickled.
 
         A folder whose files are missing or damaged raises OSError or ValueError.
         """
         path = pretrained_model_name_or_path
+        if str(path) in shipped() and not Path(path).is_dir():
+            path = SHIPPED / path
         if not Path(path).is_dir():  # diffusers downloads only what it has classes for, so the whole is fetched here
             options = ("cache_dir", "force_download", "local_files_only", "revision", "token")
             path = snapshot_download(

@@ -15,7 +15,7 @@ NETWORKS = [
     pytest.param(FixedPointDiT, {}, {"iterations": 2}, id="FixedPointDiT"),
     pytest.param(
         FixedPointDiT,
-        {"num_pre": 2, "num_core": 3, "num_post": 2, "num_classes": 0, "time_in_pre_post": True},
+        {"num_pre": 2, "num_core": 3, "num_post": 2, "num_classes": 0, "time_in_pre_post": True, "input_skip": True},
         {"iterations": 2},
         id="FixedPointDiT with a group",
     ),
@@ -54,6 +54,17 @@ def test_all_settings_are_in_the_file_defaults_too(tmp_path):
     assert config["_class_name"] == "FixedPointDiT"
     assert config.items() >= {**TINY, "num_pre": 1, "num_core": 1, "num_post": 1, "learned_variance": True}.items()
     assert config["time_in_pre_post"] is False
+    assert config["input_skip"] is False
+
+
+def test_a_network_from_before_there_was_a_skip_has_none(tmp_path):
+    model, _ = saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["input_skip"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    x = torch.randn(1, 1, 4, 4, generator=generator("x"))
+    again = FixedPointDiT.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(x, 5, iterations=2).sample, model(x, 5, iterations=2).sample)
 
 
 @pytest.mark.parametrize(("said", "spoil"), [

@@ -97,6 +97,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest(name, nearest):
     {"num_pre": 1, "num_core": 1, "num_post": 1},
     {"num_pre": 3, "num_core": 1, "num_post": 2, "time_in_pre_post": True},
     {"num_pre": 1, "num_core": 4, "num_post": 1},
+    {"num_pre": 2, "num_core": 2, "num_post": 1, "input_skip": True},
 ])  # fmt: skip
 def test_shapes(settings, middle):
     model = dit(**settings, **middle) if "depth" in middle else fixed_point_dit(**settings, **middle)
@@ -164,6 +165,17 @@ def test_the_halves_of_the_injection_begin_as_one_map():
     for half in (core.inject_z, core.inject_u):
         assert 0.98 * bound < half.weight.abs().max() <= bound
         assert half.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_a_new_network_with_a_skip_starts_every_iteration_at_u():
+    core = FixedPointDiT(**TINY, input_skip=True).core
+    u, c = drawn(2, 4, 8), drawn(2, 8)
+    assert torch.equal(core.step(drawn(2, 4, 8).flip(0), core.prepare(u, c)), u)
+
+
+def test_the_skip_adds_no_parameters():
+    with_skip, without = fixed_point_dit(input_skip=True).state_dict(), fixed_point_dit().state_dict()
+    assert {key: weight.shape for key, weight in with_skip.items()} == {k: w.shape for k, w in without.items()}
 
 
 # --- what goes in
@@ -315,27 +327,38 @@ def test_passes_of_a_fixed_point_network_depend_on_the_iterations():
         fixed_point_dit().passes()
 
 
+@pytest.mark.parametrize("input_skip", [False, True])
 @pytest.mark.parametrize("num_core", [1, 3])
-def test_the_core_is_the_textbook_one(num_core):
-    core = randomized(FixedPointCore(hidden_size=8, num_heads=2, num_core=num_core))
+def test_the_core_is_the_textbook_one(num_core, input_skip):
+    core = randomized(FixedPointCore(hidden_size=8, num_heads=2, num_core=num_core, input_skip=input_skip))
     z, u, c = drawn(2, 4, 8), drawn(2, 4, 8).flip(0), drawn(2, 8)
     # f(z, u, c) = Block_K( ... Block_1( MLP([z ; P u]), c) ..., c), with the first layer of the MLP in one piece
     joined = torch.nn.Linear(16, 16)
     joined.weight.data, joined.bias = torch.cat([core.inject_z.weight, core.inject_u.weight], dim=1), core.inject_u.bias
     wanted = core.inject_out(F.gelu(joined(torch.cat([z, core.project(u)], dim=-1)), approximate="tanh"))
+    wanted = wanted + u if input_skip else wanted  # ours: the blocks see u + MLP([z ; P u])
     for block in core.blocks:
         wanted = block(wanted, block.modulation(c))
     torch.testing.assert_close(core.step(z, core.prepare(u, c)), wanted)
 
 
+@pytest.mark.parametrize("input_skip", [False, True])
 @pytest.mark.parametrize("num_core", [1, 2])
 @pytest.mark.parametrize("step", range(3))
-def test_every_parameter_gets_a_gradient(num_core, step):
-    model = fixed_point_dit(num_core=num_core)
+def test_every_parameter_gets_a_gradient(num_core, step, input_skip):
+    model = fixed_point_dit(num_core=num_core, input_skip=input_skip)
     gradient = StochasticJacobianFree((0, 3), (1, 3)).draw(generator("step", step))
     model(*batch(model, 4), solve=Solve(gradient=gradient)).sample.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
+
+
+def test_with_a_skip_the_pre_blocks_are_trained_through_it_too():
+    model = fixed_point_dit(input_skip=True)
+    torch.nn.init.zeros_(model.core.project.weight)
+    solve = Solve(gradient=MultiStepJacobianFree(0, 2))
+    model(*batch(model), solve=solve).sample.square().mean().backward()
+    assert all(p.grad.any() for p in model.pre.parameters())
 
 
 def test_the_pre_blocks_are_trained_through_the_injection_alone():

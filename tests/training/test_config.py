@@ -53,6 +53,14 @@ def test_an_integer_is_taken_where_a_float_is_meant_and_none_where_it_may_be():
     assert (config.optimizer.lr, config.diffusion.min_snr_gamma, config.model.model) == (1, 5, None)
 
 
+def test_an_explicit_network_takes_nothing_from_a_recipe_that_only_a_fixed_point_one_has():
+    looped = Config().with_fields(time_in_pre_post=True, input_skip=True, num_post=3, gradient="phantom", damping=0.7)
+    assert looped.with_fields(network="dit", depth=4) == Config().with_fields(network="dit", depth=4)
+    assert looped.with_fields(network="fpdm") == looped
+    asked = looped.with_fields(network="dit", input_skip=True)  # refused when it is built: it was meant to do something
+    assert asked.model.input_skip
+
+
 def test_differences_name_what_makes_another_run_and_nothing_else():
     old = Config()
     same = old.with_fields(steps=7, workers=3, log_every=1, device="cpu", data="elsewhere")

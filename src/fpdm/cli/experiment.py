@@ -11,22 +11,28 @@ stops; the same command goes on.
 
 import argparse
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from fpdm.cli.processes import termination_interrupts
 from fpdm.cli.quiet import quiet_libraries
-from fpdm.cli.sweep import numbers, words
-from fpdm.files import check_writable
-from fpdm.names import needs, unknown
+from fpdm.cli.sweep import INTERRUPTED, numbers, words
+from fpdm.files import check_writable, read_json
+from fpdm.names import needs
+
+Value = TypeVar("Value")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", metavar="NAME", help="main, operations, form, methods, depths or spending")
+    parser.add_argument("table", metavar="NAME", help="main, operations, form, methods, depths, iterations or spending")
     parser.add_argument("--on", default="digits", metavar="GROUND", help="digits, fashion-mnist or cifar10 (digits)")
     parser.add_argument("--data", metavar="DIR", help="the ground's data, where they are not in the package")
-    parser.add_argument("--models", metavar="LABEL,...", help="some rows only (all)")
-    parser.add_argument(
-        "--seeds", metavar="N,N...", help="some trainings only (the ground's, of which there are 1 or 3)"
-    )
+    parts = parser.add_argument_group("a part of the table, which later ones are added to")
+    parts.add_argument("--models", metavar="LABEL,...", help="some rows (all)")
+    parts.add_argument("--seeds", metavar="N,N...", help="some trainings of each (0,1,2; 0 on fashion-mnist)")
+    parts.add_argument("--ways", metavar="NAME,...", help="some ways to draw, such as UniPC (all)")
+    parts.add_argument("--budgets", metavar="N,N...", help="some budgets (all)")
     parser.add_argument("--out", default="experiments", metavar="DIR", help="folder of all tables (experiments)")
     parser.add_argument("--runs-dir", metavar="DIR", help="folder of the trainings (OUT/runs-GROUND)")
     parser.add_argument(
@@ -40,38 +46,54 @@ def run(options: argparse.Namespace) -> int:
     out = Path(options.out) / f"{options.table}-{options.on}"
     runs = Path(options.runs_dir or Path(options.out) / f"runs-{options.on}")
     check_writable(out)
+    check_writable(runs)
     needs("matplotlib", "plots")
 
     quiet_libraries()
     from fpdm.devices import pick_device
     from fpdm.experiments.catalog import ground, table
     from fpdm.experiments.estimate import estimate
-    from fpdm.experiments.experiment import Experiment
+    from fpdm.experiments.experiment import RESULT, Experiment
     from fpdm.experiments.show import as_text, write_page
+    from fpdm.experiments.table import Part
 
     wanted, on = table(options.table), ground(options.on)
-    labels = words(options.models) if options.models else list(wanted.models)
-    for label in labels:
-        if label not in wanted.models:
-            raise ValueError(unknown("model", label, wanted.models))
-    seeds = numbers("--seeds", options.seeds, least=0) if options.seeds else list(on.seeds)
-    if strangers := [seed for seed in seeds if seed not in on.seeds]:
-        raise ValueError(f"--seeds names {strangers}; the trainings on {options.on} have {list(on.seeds)}")
+    part = Part(
+        models=given(options.models, words),
+        seeds=given(options.seeds, lambda text: numbers("--seeds", text, least=0)),
+        ways=given(options.ways, words),
+        budgets=given(options.budgets, lambda text: numbers("--budgets", text)),
+    )
+    part.check(wanted, on)
     if on.data and not options.data:
         raise ValueError(f"--data is needed on {options.on}: {on.data}")
     if options.data and not on.data:
         raise ValueError(f"--data has no meaning on {options.on}, whose images are in the package: leave it out")
     device = pick_device(options.device)
-    processes = options.processes or (os.cpu_count() or 1 if device == "cpu" else 1)
+    processes = (os.cpu_count() or 1 if device == "cpu" else 1) if options.processes is None else options.processes
     if processes < 1:
         raise ValueError(f"--processes is {processes}; it must be at least 1")
     data = str(Path(options.data).resolve()) if options.data else None
     experiment = Experiment(options.table, wanted, on, data, out, runs, processes, device)
     if options.dry_run:
-        for line in estimate(experiment, labels, seeds):
+        experiment.check(part)
+        for line in estimate(experiment, part):
             print(line, flush=True)
         return 0
-    result = experiment.run(labels, seeds)
-    print(as_text(result))
-    print(f"\n{write_page(result, out)} shows it; {out / 'result.json'} keeps it")
-    return 0
+    status = 0
+    try:
+        with termination_interrupts():  # trainings are to be told, and to save
+            experiment.run(part)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command goes on from here")
+        status = INTERRUPTED
+    result = read_json(out / RESULT) if (out / RESULT).is_file() else {"points": []}
+    if result["points"]:
+        print(as_text(result))
+        print(f"\n{write_page(result, out)} shows it; {out / RESULT} keeps it")
+    return status
+
+
+def given(text: str | None, read: Callable[[str], Value]) -> Value | None:
+    """What an option says, None if it was not given."""
+    return None if text is None else read(text)

@@ -65,6 +65,9 @@ SPENDING = {
     "tuned": Axes(FEW_BUDGETS, ("dpm++", "unipc"), tuned=True),
 }  # fmt: skip
 
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 24, 48)  # training makes 1 to 12, as many without as with gradient
+AT_20 = {f"{n} iterations": Axes((20 * (2 + n),), ("dpm++",), (n,)) for n in LENGTHS}  # 20 timesteps each
+
 TABLES = {
     "main": Table(
         "At which budgets is which model best?",
@@ -79,14 +82,25 @@ TABLES = {
     ),
     "methods": Table("Which gradient, and what besides?", METHODS, {"best": BEST}),
     "form": Table("What do the two changes to the paper's network gain?", FORM, {"best": BEST}),
+    "iterations": Table(
+        "What if 20 timesteps are made with more or fewer iterations than in training?",
+        {label: MODELS[label] for label in ("fpdm", "fpdm-paper")},
+        AT_20,
+    ),
     "depths": Table("How many explicit blocks?", DEPTHS, {"best": BEST}),
     "spending": Table("What does each way to spend a budget gain?", {"fpdm": MODELS["fpdm"]}, SPENDING),
 }
 
 GROUNDS = {
     "digits": Ground("digits"),
-    "fashion-mnist": Ground("fashion_mnist", data="the folder of the four IDX files", split="test", seeds=(0,)),
-    "cifar10": Ground("cifar10", data="an image folder, one folder per class", reported_on=10_000),
+    "fashion-mnist": Ground(
+        "fashion_mnist", {"steps": 5000}, data="the folder of the four IDX files", split="test", seeds=(0,)
+    ),
+    "cifar10": Ground(
+        "cifar10",
+        {"steps": 20_000, "no_grad_max": 6, "with_grad_max": 6},
+        data="an image folder, one folder per class",
+    ),
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from fpdm.drawing import Choices
 from fpdm.experiments.experiment import Experiment, untuned
 from fpdm.experiments.points import distinct
-from fpdm.experiments.table import Training
+from fpdm.experiments.table import WHOLE, Part, Training
 from fpdm.experiments.trainings import is_trained
 from fpdm.models import Denoiser
 from fpdm.pipeline import FixedPointDiTPipeline
@@ -22,6 +22,7 @@ from fpdm.training.loop import Trainer
 
 WARM, TIMED = 2, 10  # steps
 BATCH = 64  # samples at a time
+TUNING_DRAWS = 25  # of as many samples as a plan is chosen on, that a tuning makes for a budget, about
 
 
 @dataclass(frozen=True)
@@ -37,17 +38,19 @@ class Needed:
         return self.training + self.choosing + self.reporting
 
 
-def estimate(experiment: Experiment, labels: list[str], seeds: list[int]) -> Iterator[str]:
+def estimate(experiment: Experiment, part: Part = WHOLE) -> Iterator[str]:
     """A line per model, and the sum. What is finished is not counted, except for points; measuring samples is not."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(1, before // experiment.processes))
     try:
         total = 0.0
         yield f"{'hours of one process':24} {'trainings':>16} {'choosing plans':>16} {'reporting':>12}"
-        for label in labels:
-            trainings = [t for t in experiment.trainings() if t.label == label and t.seed in seeds]
+        for label in experiment.table.models:
+            trainings = [t for t in experiment.trainings(part) if t.label == label]
+            if not trainings:
+                continue
             missing = [t for t in trainings if not is_trained(t, experiment.runs)]
-            needed = needed_by(experiment, trainings, missing)
+            needed = needed_by(experiment, part, trainings, missing)
             total += needed.total
             count = f"{needed.training / 3600:.2f} ({len(missing)})"
             yield f"{label:24} {count:>16} {needed.choosing / 3600:>16.2f} {needed.reporting / 3600:>12.2f}"
@@ -59,20 +62,28 @@ def estimate(experiment: Experiment, labels: list[str], seeds: list[int]) -> Ite
     )
 
 
-def needed_by(experiment: Experiment, trainings: list[Training], missing: list[Training]) -> Needed:
+def needed_by(experiment: Experiment, part: Part, trainings: list[Training], missing: list[Training]) -> Needed:
     """The seconds that a model takes."""
     per_step, pipe = time_steps(trainings[0])
     training_time = sum(per_step * t.config.optimizer.steps for t in missing)
     choosing = reporting = 0.0
     seconds: dict[str, float] = {}
     first, one_model = experiment.ground.seeds[0], len(experiment.table.models) == 1
-    for budget in experiment.table.budgets:
+    for budget in filter(lambda budget: part.has(budget=budget), experiment.table.budgets):
         of_ways = []  # seconds of each way's plans
-        for axes in experiment.table.ways.values():
+        for axes in (
+            axes for way, axes in experiment.table.ways.items() if part.has(way=way) and budget in axes.budgets
+        ):
+            if axes.tuned:
+                plan = Choices(budget, scheduler=axes.schedulers[0])
+                per_image = drawing_seconds(pipe.transformer, plan, pipe, seconds)
+                of_ways.append([per_image])
+                choosing += experiment.ground.chosen_on * TUNING_DRAWS * per_image
+                continue
             points = distinct("", "", "", pipe, [w for w in untuned(axes, pipe) if w[0] == budget], [])
             of_ways.append([drawing_seconds(pipe.transformer, p.choices, pipe, seconds) for p in points])
         most = [max(own) for own in of_ways if own]
-        choosing += experiment.ground.chosen_on * sum(map(sum, of_ways)) if sum(map(len, of_ways)) > 1 else 0
+        choosing += experiment.ground.chosen_on * sum(map(sum, of_ways))
         for training in trainings:
             all_ways = training.seed == first or one_model
             reporting += experiment.ground.reported_on * (sum(most) if all_ways else max(most, default=0.0))
@@ -99,6 +110,7 @@ def time_steps(training: Training) -> tuple[float, FixedPointDiTPipeline]:
         with redirect_stderr(io.StringIO()):  # the bars
             trainer = Trainer(training.config.with_fields(**short, steps=WARM + TIMED), Path(folder) / "timed")
             trainer.pace.stepped = lambda: times.append(time.perf_counter())  # type: ignore[method-assign]
-            trainer.run()
+            if trainer.run() == "interrupted":
+                raise KeyboardInterrupt
         pipe = FixedPointDiTPipeline.from_pretrained(trainer.dir.pipeline)
     return (times[-1] - times[WARM - 1]) / TIMED, pipe

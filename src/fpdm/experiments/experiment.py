@@ -8,16 +8,17 @@
 Trainings are runs of their own, which tables share. All that is finished stays, and an interrupted experiment goes on.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fpdm.drawing import Choices, load_pipeline
 from fpdm.experiments.points import Axes, Point, Settings, distinct
-from fpdm.experiments.sweep import all_points, run_points
-from fpdm.experiments.table import Ground, Table, Training
-from fpdm.experiments.trainings import is_trained, train_missing, written
+from fpdm.experiments.residuals import residuals_by_timestep
+from fpdm.experiments.sweep import all_points, check_claim, run_points
+from fpdm.experiments.table import WHOLE, Ground, Part, Table, Training
+from fpdm.experiments.trainings import check_runs, is_trained, train_missing, written
 from fpdm.experiments.tune import tune_model
 from fpdm.files import model_folder, read_json, write_json
 from fpdm.machine import made_with
@@ -27,7 +28,8 @@ from fpdm.training.config import Config
 from fpdm.training.course import make_courses, mean_operations
 from fpdm.weights import digest
 
-CHOOSING, REPORTING = 1, 2  # seeds of the noise
+TUNING, REPORTING = 1, 3  # seeds of the noise; plans are chosen with 0, and tuning takes the seed after its own, too
+RESULT = "result.json"
 Row = dict[str, Any]
 
 
@@ -49,33 +51,44 @@ class Experiment:
     device: str = "auto"
     say: Callable[[str], None] = print
 
-    def run(self, labels: Iterable[str] | None = None, seeds: Iterable[int] | None = None) -> Row:
-        """Compute what is missing, of all models and trainings or of some of them; the table as far as it is there.
+    def run(self, part: Part = WHOLE) -> Row:
+        """Compute what is missing of the table, or of a part of it; the table as far as it is there.
 
-        Raises ValueError, before anything is computed, if `out` or `runs` hold something else, and for data that is
-        not there.
+        Raises ValueError, before anything is computed, for a part that is none of this table's, if `out` or `runs` hold
+        something else, and for data that is not there.
         """
-        wanted = set(labels or self.table.models)
-        trainings = [training for training in self.trainings() if training.label in wanted]
-        seeds = {self.ground.seeds[0], *(seeds or self.ground.seeds)}
+        self.check(part)
+        trainings = self.trainings(part)
         try:
-            train_missing([t for t in trainings if t.seed in seeds], self.runs, self.processes, self.say)
-            self.choose([t for t in trainings if t.seed == self.ground.seeds[0]])
-            self.report([t for t in trainings if t.seed in seeds])
+            train_missing(trainings, self.runs, self.processes, self.say)
+            self.choose([t for t in trainings if t.seed == self.ground.seeds[0]], part)
+            self.report(trainings, part)
         finally:
+            result = self.result()
             if self.out.is_dir():
-                write_json(self.out / "result.json", self.result())
-        return self.result()
+                write_json(self.out / RESULT, result)
+        return result
+
+    def check(self, part: Part = WHOLE) -> None:
+        """Raises ValueError for what `run` would be refused for."""
+        part.check(self.table, self.ground)
+        trainings = self.trainings(part)
+        source = open_source(trainings[0].config.data)
+        check_runs(trainings, self.runs, source.fingerprint)
+        for name, images in (("choose", self.ground.chosen_on), ("report", self.ground.reported_on)):
+            check_claim(self.out / name, self.settings(images), [])
 
     # --- trainings -------------------------------------------------------------------------------------------------
 
-    def trainings(self) -> list[Training]:
-        """Of all models, seed by seed: a table that is stopped half-way has whole rows of some seeds."""
-        steps = self.steps()
+    def trainings(self, part: Part = WHOLE) -> list[Training]:
+        """Of all models, or those of a part and with them the ones that plans are chosen by; seed by seed, so that a
+        table that is stopped half-way has all rows of some seeds."""
+        steps, first = self.steps(), self.ground.seeds[0]
         return [
             Training(label, seed, self.ground.recipe, {**self.changes(label), "steps": steps[label], "seed": seed})
             for seed in self.ground.seeds
             for label in self.table.models
+            if part.has(model=label) and (seed == first or part.has(seed=seed))
         ]
 
     def changes(self, label: str) -> Row:
@@ -87,7 +100,7 @@ class Experiment:
         """Of each model: the recipe's, or as many as take the operations of the first model."""
         basis = Training("", 0, self.ground.recipe, self.ground.changes).config.optimizer.steps
         if self.table.equal == "steps":
-            return dict.fromkeys(self.table.models, basis)
+            return {label: model.changes.get("steps", basis) for label, model in self.table.models.items()}
         costs = {label: self.operations(label) for label in self.table.models}
         first = next(iter(costs.values()))
         return {label: round(basis * first / cost) for label, cost in costs.items()}
@@ -101,15 +114,19 @@ class Experiment:
 
     # --- plans -----------------------------------------------------------------------------------------------------
 
-    def choose(self, trainings: list[Training]) -> None:
+    def choose(self, trainings: list[Training], part: Part) -> None:
         """Of each way and budget the plan with which a model, by its first training, draws best."""
-        open_ones: dict[str, Point] = {}
-        found = {}
         for training in trainings:
-            found[training.label] = candidates = self.candidates(training)
-            for budget in self.table.budgets:
-                open_ones |= {point.key: point for point in to_choose_from(candidates, budget)}
-        values = self.measured("choose", list(open_ones.values()), self.ground.chosen_on)
+            self.tune(training, part)
+        found = {training.label: self.candidates(training) for training in trainings}
+        wanted = {
+            point.key: point
+            for candidates in found.values()
+            for (way, budget), points in candidates.items()
+            if part.has(way=way, budget=budget) and is_open(candidates, budget)
+            for point in points
+        }
+        values = self.measured("choose", list(wanted.values()), self.ground.chosen_on)
         (self.out / "chosen").mkdir(exist_ok=True, parents=True)
         for label, candidates in found.items():
             write_json(self.out / "chosen" / f"{label}.json", chosen(candidates, values))
@@ -117,8 +134,6 @@ class Experiment:
     def candidates(self, training: Training) -> dict[tuple[str, int], list[Point]]:
         """The plans of each way and budget that a model can have."""
         folder = self.folder(training)
-        if any(axes.tuned for axes in self.table.ways.values()):
-            self.tune(training.label, folder)
         pipe = load_pipeline(folder, "cpu", "float32")
         identity = digest(pipe.transformer)
         found: dict[tuple[str, int], list[Point]] = {}
@@ -127,17 +142,20 @@ class Experiment:
                 found.setdefault((way, point.budget), []).append(point)
         return found
 
-    def tune(self, label: str, folder: str) -> None:
-        """Have the ways' tuned plans with the model, those that it lacks."""
-        there = {plan.budget for plan in load_pipeline(folder, "cpu", "float32").tuned_plans}
-        axes = next(axes for axes in self.table.ways.values() if axes.tuned)
-        missing = [budget for budget in axes.budgets if budget not in there]
-        if missing:
-            settings, out = self.settings(self.ground.chosen_on), self.out / "tune" / label
-            tune_model(f"{label}={folder}", missing, list(axes.schedulers), settings, out, CHOOSING,
-                       self.processes, self.say)  # fmt: skip
+    def tune(self, training: Training, part: Part) -> None:
+        """Have the tuned plans that ways ask for with the model, those that it lacks."""
+        label, folder = training.label, self.folder(training)
+        for way, axes in self.table.ways.items():
+            if axes.tuned:
+                plans = load_pipeline(folder, "cpu", "float32").tuned_plans
+                there = {plan.budget for plan in plans if plan.guidance_scale == 1}
+                missing = [b for b in axes.budgets if b not in there and part.has(way=way, budget=b)]
+                settings, out = self.settings(self.ground.chosen_on), self.out / "tune" / label
+                if missing:
+                    tune_model(f"{label}={folder}", missing, list(axes.schedulers), settings, out, TUNING,
+                               self.processes, self.say)  # fmt: skip
 
-    def report(self, trainings: list[Training]) -> None:
+    def report(self, trainings: list[Training], part: Part) -> None:
         """Measure the chosen plans of the models."""
         points: dict[str, Point] = {}
         for training in trainings:
@@ -145,8 +163,9 @@ class Experiment:
             pipe = load_pipeline(folder, "cpu", "float32")
             identity = digest(pipe.transformer)
             for row in self.reported_by(training):
-                point = Point.of(training.name, folder, identity, pipe, row["budget"], reported(row["choices"]))
-                points[point.key] = point
+                if part.has(way=row["way"], budget=row["budget"]):
+                    point = Point.of(training.name, folder, identity, pipe, row["budget"], reported(row["choices"]))
+                    points[point.key] = point
         self.measured("report", list(points.values()), self.ground.reported_on)
 
     def reported_by(self, training: Training) -> list[Row]:
@@ -158,11 +177,10 @@ class Experiment:
         return [row for row in rows if row["best"]]
 
     def measured(self, part: str, points: list[Point], images: int) -> dict[str, float]:
-        """Point -> the Frechet distance of so many of its samples."""
+        """Point -> the Frechet distance of so many of its samples, of these and all that are there."""
         if points:
             run_points(points, self.settings(images), self.out / part, self.processes, self.say)
-        wanted = {point.key for point in points}
-        return {row["key"]: distance(row) for row in all_points(self.out / part) if row["key"] in wanted}
+        return {row["key"]: distance(row) for row in all_points(self.out / part)}
 
     def settings(self, images: int) -> Settings:
         data = self.data or self.ground.recipe
@@ -194,7 +212,7 @@ class Experiment:
             "models": {label: model.title for label, model in self.table.models.items()},
             "ways": list(self.table.ways),
             "budgets": self.table.budgets,
-            "trainings": [{**written(t, self.runs), **self.cost(t)} for t in trained],
+            "trainings": [{**written(t, self.runs), **self.cost(t), **self.convergence(t)} for t in trained],
             "points": found,
             "real": some and {name: m["floor"] for name, m in measures(some).items()},
             "made_with": made_with("cpu") if some is None else some["made_with"],
@@ -209,6 +227,16 @@ class Experiment:
             "operations": count * operations_of_training(training.config),
         }
 
+    def convergence(self, training: Training) -> Row:
+        """How fast a trained fixed point network's iterates converge. Kept with the run: it takes a while."""
+        if training.config.model.network == "dit":
+            return {}
+        path = self.runs / training.name / "residuals.json"
+        if not path.is_file():
+            pipe = load_pipeline(self.folder(training), "cpu", "float32")
+            write_json(path, residuals_by_timestep(pipe, open_source(training.config.data)))
+        return {"convergence": read_json(path)}
+
 
 def untuned(axes: Axes, pipe: FixedPointDiTPipeline) -> list[tuple[int, Choices, bool]]:
     """The choices of a way. Tuned plans are written out: trainings that were not tuned are to use them as well."""
@@ -217,24 +245,30 @@ def untuned(axes: Axes, pipe: FixedPointDiTPipeline) -> list[tuple[int, Choices,
     return [(budget, choices, False) for budget, choices, tuned in axes.choices(pipe, 1.0) if tuned]
 
 
-def to_choose_from(candidates: dict[tuple[str, int], list[Point]], budget: int) -> list[Point]:
-    """The points of all ways at a budget, if there are several."""
-    points = [point for (_, b), some in candidates.items() if b == budget for point in some]
-    return points if len(points) > 1 else []
+def is_open(candidates: dict[tuple[str, int], list[Point]], budget: int) -> bool:
+    """Whether there are several plans of a budget, of one way or of several."""
+    return sum(len(points) for (_, b), points in candidates.items() if b == budget) > 1
 
 
 def chosen(candidates: dict[tuple[str, int], list[Point]], values: dict[str, float]) -> list[Row]:
-    """Of each way and budget the best point; it is the `best` of its budget if no other way has a better one."""
-    rows, least = list[Row](), dict[int, float]()
+    """Of each way and budget the best point, once all have a value; it is the `best` of its budget if no other way has
+    a better one. Where there is but one plan, it needs no value."""
+    rows = list[Row]()
     for (way, budget), points in candidates.items():
-        choice = min(points, key=lambda point: values.get(point.key, 0.0))
-        value = values.get(choice.key, 0.0)
-        others = [{"choices": p.choices.to_dict(), "value": values[p.key]} for p in points if p.key in values]
-        least[budget] = min(value, least.get(budget, value))
-        rows.append(
-            {"way": way, "budget": budget, "choices": choice.choices.to_dict(), "value": value, "among": others}
-        )
-    return [{**row, "best": row["value"] == least[row["budget"]]} for row in rows]
+        among = points if is_open(candidates, budget) else []
+        if all(point.key in values for point in among):
+            choice = min(among, key=lambda point: values[point.key], default=points[0])
+            rows.append({
+                "way": way,
+                "budget": budget,
+                "choices": choice.choices.to_dict(),
+                "value": values[choice.key] if among else None,
+                "among": [{"choices": p.choices.to_dict(), "value": values[p.key]} for p in among],
+            })  # fmt: skip
+    least = {
+        row["budget"]: min(r["value"] for r in rows if r["budget"] == row["budget"]) for row in rows if row["among"]
+    }
+    return [{**row, "best": row["value"] == least.get(row["budget"])} for row in rows]
 
 
 def reported(choices: Row) -> Choices:
@@ -256,8 +290,14 @@ def cell_of(training: Training, row: Row, point: Row) -> Row:
         "samples": point["evaluation"]["samples"],
         "measures": {name: [m["value"], m["low"], m["high"]] for name, m in measures(point).items()},
         "best": row["best"],
-        "among": row["among"],
+        "among": [{**unusual(other["choices"]), "value": other["value"]} for other in row["among"]],
     }
+
+
+def unusual(choices: Row) -> Row:
+    """What is not the default of some choices, but for budget and seed."""
+    usual = Choices().to_dict() | {"budget": choices["budget"], "seed": choices["seed"]}
+    return {name: value for name, value in choices.items() if value != usual[name]}
 
 
 def measures(point: Row) -> dict[str, Row]:

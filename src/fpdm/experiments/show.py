@@ -10,14 +10,13 @@ from fpdm.experiments.page import COLOURS
 from fpdm.files import write_aside
 
 Row = dict[str, Any]
-BEST = "best of all"
 
 
 def markdown(result: Row, way: str | None = None) -> str:
     """The Frechet distance by model (or by way, where there is but one model) and budget: over trainings the mean, and
     the smallest and largest. The lowest mean at each budget is bold.
 
-    way  of drawing; None takes the best of all at each budget
+    way  of drawing; None takes at each budget the one that was best when plans were chosen
     """
     heads, rows = table_rows(result, way)
     lines = [heads, ["---"] * len(heads), *rows]
@@ -61,25 +60,23 @@ def lines_of(result: Row, way: str | None) -> Iterator[tuple[str, str, dict[int,
     models = {row["model"] for row in result["points"]}
     if way is None and len(result["models"]) == 1:
         for name in result["ways"]:
-            yield name, name, values_of(result, [p for p in result["points"] if p["way"] == name])
+            yield name, name, values_of(p for p in result["points"] if p["way"] == name)
         return
     for label, title in result["models"].items():
         if label not in models:
             continue
         parameters = next(t["parameters"] for t in result["trainings"] if t["model"] == label)
-        own = [p for p in result["points"] if p["model"] == label and way in (None, p["way"])]
-        yield label, f"{title} ({parameters / 1e6:.2f} M)", values_of(result, own)
+        own = [p for p in result["points"] if p["model"] == label and (p["best"] if way is None else p["way"] == way)]
+        yield label, f"{title} ({parameters / 1e6:.2f} M)", values_of(own)
 
 
-def values_of(result: Row, points: Iterable[Row]) -> dict[int, list[float]]:
-    """Budget -> a distance per training: of the way that is best on average, where there are several."""
+def values_of(points: Iterable[Row]) -> dict[int, list[float]]:
+    """Budget -> a distance per training. Where there are points of several ways, those of the way that most trainings
+    have, which is the one that was chosen."""
     found: dict[int, dict[str, list[float]]] = {}
     for point in points:
-        by_way = found.setdefault(point["budget"], {})
-        by_way.setdefault(point["way"], []).append(distance(point))
-    most = {budget: max(map(len, ways.values())) for budget, ways in found.items()}
-    whole = {b: [v for v in ways.values() if len(v) == most[b]] for b, ways in found.items()}
-    return {budget: min(ways, key=mean) for budget, ways in whole.items()}
+        found.setdefault(point["budget"], {}).setdefault(point["way"], []).append(distance(point))
+    return {budget: max(ways.values(), key=len) for budget, ways in found.items()}
 
 
 def distance(point: Row) -> float:

@@ -1,7 +1,7 @@
 """What a table of results is made of: models that differ in a few settings, ways to draw from them, and the ground that
 all of them stand on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,36 @@ class Table:
     def budgets(self) -> list[int]:
         """Of all ways, in order."""
         return sorted({budget for axes in self.ways.values() for budget in axes.budgets})
+
+
+@dataclass(frozen=True)
+class Part:
+    """What of a table is to be computed; None stands for all."""
+
+    models: Sequence[str] | None = None
+    seeds: Sequence[int] | None = None
+    ways: Sequence[str] | None = None
+    budgets: Sequence[int] | None = None
+
+    def has(
+        self, model: str | None = None, seed: int | None = None, way: str | None = None, budget: int | None = None
+    ) -> bool:
+        """Whether what is named is in the part."""
+        asked = ((model, self.models), (seed, self.seeds), (way, self.ways), (budget, self.budgets))
+        return all(value is None or some is None or value in some for value, some in asked)
+
+    def check(self, table: Table, ground: Ground) -> None:
+        """Raises ValueError for what the table does not have."""
+        for name, some, there in (
+            ("model", self.models, list(table.models)), ("way", self.ways, list(table.ways)),
+            ("seed", self.seeds, list(ground.seeds)), ("budget", self.budgets, table.budgets),
+        ):  # fmt: skip
+            for value in some or ():
+                if value not in there:
+                    raise ValueError(unknown(name, str(value), map(str, there)))
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True)

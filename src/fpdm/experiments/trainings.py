@@ -33,7 +33,7 @@ def train_missing(
 
     threads  of each process; by default they share the machine's cores
 
-    An interrupt stops all of them, saved. Raises ValueError before anything starts if a folder holds another run, and
+    An interrupt stops all of them, saved. Raises ValueError before anything starts for what `check_runs` refuses, and
     ChildProcessError for a training that fails, once the others that had begun are stopped and saved.
     """
     check_runs(trainings, runs)
@@ -78,15 +78,24 @@ def steps_done(training: Training, runs: Path) -> int:
     return int(numbers(runs / training.name / "log.jsonl").get("step", 0))
 
 
-def check_runs(trainings: list[Training], runs: Path) -> None:
-    """Raises ValueError if a folder of one of the trainings' names holds another run."""
+def check_runs(trainings: list[Training], runs: Path, fingerprint: str | None = None) -> None:
+    """Raises ValueError if a folder of one of the trainings' names holds another run, or one that is at work.
+
+    fingerprint  of the images, if they are to be compared, too
+    """
     for training in trainings:
         path = runs / training.name / "config.json"
         if not path.is_file():
             continue
-        changed = differences(read_json(path), training.config.to_dict())
+        old = read_json(path)
+        changed = {name: f"{name} was {was!r}, is {now!r}"
+                   for name, (was, now) in differences(old, training.config.to_dict()).items()}  # fmt: skip
+        if fingerprint not in (None, old.get("data_fingerprint")):
+            changed["data"] = "the images are others"
+        if standing(path.parent).state == "training":
+            raise ValueError(f"{path.parent} is being trained by another command: let that end, or stop it")
         if changed:
-            listed = "; ".join(f"{name} was {was!r}, is {now!r}" for name, (was, now) in changed.items())
+            listed = "; ".join(changed.values())
             raise ValueError(f"{path.parent} holds another run than this table's: {listed}. Choose another --runs-dir")
 
 
@@ -127,7 +136,8 @@ def stop(processes: "list[subprocess.Popen[Any]]") -> None:
 
 
 def written(training: Training, runs: Path) -> dict[str, Any]:
-    """What is kept of a finished training. Its seconds are those of the steps alone, all parts of a run together."""
+    """What is kept of a finished training. Its seconds are by the images per second of its log: all parts of the run,
+    but for what they did over again."""
     config = training.config
     lines = [json.loads(line) for line in (runs / training.name / "log.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "images_per_second" in line]

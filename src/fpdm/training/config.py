@@ -4,6 +4,7 @@ Field names are unique over all groups: the command line sets each by its own fl
 """
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
@@ -196,14 +197,20 @@ def check_value(group: Any, name: str) -> None:
         raise ValueError(f"{name} is {value}; it must be {bounds}")
 
 
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """The types of a group's fields, which are written as text there."""
+    return get_type_hints(cls)
+
+
 def is_optional(cls: type, name: str) -> bool:
     """Whether a field may be None."""
-    return type(None) in get_args(get_type_hints(cls)[name])
+    return type(None) in get_args(hints(cls)[name])
 
 
 def value_type(cls: type, name: str) -> type:
     """The type of a field's values, None aside."""
-    hint = get_type_hints(cls)[name]
+    hint = hints(cls)[name]
     return next(t for t in get_args(hint) if t is not type(None)) if isinstance(hint, UnionType) else hint
 
 

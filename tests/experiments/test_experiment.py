@@ -1,0 +1,441 @@
+"""An experiment: which plans are chosen and reported, and that it comes to the same however it was stopped or divided.
+
+Distances are made up here, so that a test can say which plan is the best; `fpdm experiment` has real ones.
+"""
+
+import json
+import shutil
+from dataclasses import replace
+from functools import lru_cache
+from zlib import crc32
+
+import pytest
+from PIL import Image
+
+from fpdm import drawing
+from fpdm.cli.quiet import quiet_libraries
+from fpdm.evaluation import Evaluation, Measure
+from fpdm.experiments import experiment as tables
+from fpdm.experiments import sweep, trainings
+from fpdm.experiments import tune as tuning
+from fpdm.experiments.experiment import REPORTING
+from fpdm.experiments.points import Axes, Settings
+from fpdm.experiments.sweep import all_points
+from fpdm.experiments.table import Ground, Model, Part
+from fpdm.experiments.trainings import train_missing
+from fpdm.files import read_json
+from fpdm.sampling import load_plans, measure_profile
+from tests.commands import contents
+from tests.experiments.tables import (
+    ALONE,
+    GROUND,
+    MODELS,
+    SIZES,
+    TABLE,
+    WAYS,
+    experiment,
+    fork_trainings,
+    train_here,
+)
+
+instrument_for = sweep.instrument_for
+load_pipeline, operations_of_training = lru_cache(tables.load_pipeline), lru_cache(tables.operations_of_training)
+
+
+@lru_cache
+def instrument_of(data, size):
+    return instrument_for(Settings(data, device="cpu"), size)
+
+
+class Bench:
+    """Stands in for drawing and measuring: the distance of a point is whatever `distance` says of it."""
+
+    def __init__(self):
+        self.measured, self.stop_at = [], None
+        self.distance = lambda point, images: 10.0
+
+    def measure_point(self, point, settings, out, processes, on_batch=None):
+        if len(self.measured) == self.stop_at:
+            raise KeyboardInterrupt
+        self.measured.append((out.name, point, settings.num_images))
+        Image.new("L", (8, 8)).save(out / "grids" / f"{point.key}.png")
+        plan = point.choices.plan(sweep.load_pipeline(point.folder, "cpu", "float32"))
+        value = self.distance(point, settings.num_images)
+        measures = (Measure("FD-fake", value, value - 1, value + 1, 0.5, "floor"),)
+        evaluation = Evaluation(settings.num_images, 50, (50, 50), 0.1, {}, {}, measures)
+        choices = {name: getattr(point.choices, name) for name in
+                   ("scheduler", "iterations", "allocation", "reuse", "solver", "seed")}  # fmt: skip
+        return {**choices, "model": point.label, "budget": point.budget, "plan": str(plan), "passes": plan.planned,
+                "operations": point.operations, "seconds": 0.0, "diverged": 0, "made_with": {"device": "cpu"},
+                "evaluation": evaluation.to_dict()}  # fmt: skip
+
+    def of(self, part):
+        """The points of a part, "choose" or "report"."""
+        return [point for name, point, _ in self.measured if name == part]
+
+    def images(self, part):
+        return {images for name, _, images in self.measured if name == part}
+
+
+@pytest.fixture
+def bench(monkeypatch, cache):
+    bench = Bench()
+    monkeypatch.setattr(sweep, "measure_point", bench.measure_point)
+    # What is slow and the same for all tests is made once.
+    monkeypatch.setattr(sweep, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(tables, "load_pipeline", load_pipeline)
+    monkeypatch.setattr(tables, "operations_of_training", operations_of_training)
+    monkeypatch.setattr(sweep, "instrument_for", lambda settings, size: instrument_of(settings.data, size))
+    quiet_libraries()
+    return bench
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The runs of all trainings."""
+    runs = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        train_here(patch)
+        train_missing(experiment(runs, runs).trainings(), runs, 1, lambda text: None)
+    return runs
+
+
+def salted(salt):
+    """Distances as by chance, but the same whenever they are asked for."""
+    return lambda point, images: crc32(repr((salt, point.key, images)).encode()) % 1000 / 10 + 1
+
+
+def preferring(**wanted):
+    """Distances that are smallest where all of these choices are made."""
+    return lambda point, images: 10.0 - sum(getattr(point.choices, name) == value for name, value in wanted.items())
+
+
+def cells(result):
+    return {(point["model"], point["seed"], point["way"], point["budget"]) for point in result["points"]}
+
+
+def cell(result, model, seed, way, budget):
+    (found,) = [
+        p for p in result["points"] if (p["model"], p["seed"], p["way"], p["budget"]) == (model, seed, way, budget)
+    ]
+    return found
+
+
+# What is trained
+
+
+def test_every_model_is_trained_with_every_seed_and_row_by_row(tmp_path):
+    whole = experiment(tmp_path / "out", tmp_path / "runs", data="DATA")
+    assert [(t.label, t.seed) for t in whole.trainings()] == [("looped", 0), ("plain", 0), ("looped", 1), ("plain", 1)]
+    for training in whole.trainings():
+        config = training.config
+        assert (config.run.seed, config.run.device, config.data.data) == (training.seed, "cpu", "DATA")
+        assert config.model.network == ("dit" if training.label == "plain" else "fpdm")
+        assert config.model.hidden_size == 16, "of the ground"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_part_has_the_trainings_that_plans_are_chosen_by(tmp_path):
+    whole = experiment(tmp_path / "out", tmp_path / "runs")
+    asked = whole.trainings(Part(models=["plain"], seeds=[1]))
+    assert [(t.label, t.seed) for t in asked] == [("plain", 0), ("plain", 1)]
+
+
+def test_trainings_have_equally_many_steps_or_operations(tmp_path):
+    models = {**MODELS, "thick": Model("Thick", {"num_core": 4}), "deep": Model("Deep", {"network": "dit", "depth": 9})}
+    by_steps = experiment(tmp_path, tmp_path, replace(TABLE, models=models), Ground("digits", {**SIZES, "steps": 1000}))
+    assert set(by_steps.steps().values()) == {1000}
+    by_operations = replace(by_steps, table=replace(by_steps.table, equal="operations"))
+    steps, costs = by_operations.steps(), {label: by_operations.operations(label) for label in models}
+    assert steps["looped"] == 1000
+    assert len(set(steps.values())) == 4
+    for label in models:
+        assert abs(steps[label] * costs[label] - 1000 * costs["looped"]) <= 0.5 * costs[label]
+    assert {t.label: t.config.optimizer.steps for t in by_operations.trainings()} == steps
+
+
+# Which plans are chosen
+
+
+@pytest.mark.parametrize("salt", range(3))
+def test_the_plan_with_the_lowest_distance_of_the_choosing_is_chosen(salt, bench, trained, tmp_path):
+    """Whatever the reporting finds of it."""
+    low = salted(salt)
+    bench.distance = lambda point, images: low(point, images) if images == GROUND.chosen_on else -low(point, images)
+    experiment(tmp_path / "out", trained).run()
+    measured = {point.key: bench.distance(point, GROUND.chosen_on) for point in bench.of("choose")}
+    for label in MODELS:
+        rows = read_json(tmp_path / f"out/chosen/{label}.json")
+        assert {(row["way"], row["budget"]) for row in rows} == {("ddim", 6), ("ddim", 12), ("dpm", 12)}
+        for row in rows:
+            scheduler = {"ddim": "ddim", "dpm": "dpm++"}[row["way"]]
+            among = [
+                p
+                for p in bench.of("choose")
+                if (p.label, p.budget, p.choices.scheduler) == (label, row["budget"], scheduler)
+            ]
+            if among:
+                best = min(among, key=lambda point: measured[point.key])
+                assert row["choices"] == best.choices.to_dict()
+                assert row["value"] == measured[best.key]
+                assert sorted(other["value"] for other in row["among"]) == sorted(measured[p.key] for p in among)
+        at_12 = {row["way"]: row for row in rows if row["budget"] == 12}
+        best = min(at_12, key=lambda way: at_12[way]["value"])
+        assert [way for way in at_12 if at_12[way]["best"]] == [best]
+
+
+def test_plans_are_tried_with_all_iterations_of_a_way_and_an_only_plan_is_not(bench, trained, tmp_path):
+    experiment(tmp_path / "out", trained).run()
+    tried = {(p.label, p.budget, p.choices.scheduler, p.choices.iterations) for p in bench.of("choose")}
+    assert tried == {
+        *(("looped", budget, "ddim", n) for budget in (6, 12) for n in (1, 2)),
+        *(("looped", 12, "dpm++", n) for n in (1, 2, 3)),
+        ("plain", 12, "ddim", None), ("plain", 12, "dpm++", None),
+    }  # fmt: skip
+    assert len(bench.of("choose")) == len(tried), "an explicit network has one plan of each way and budget"
+
+
+def test_what_is_chosen_is_of_the_first_training_and_drawn_by_all(bench, trained, tmp_path):
+    bench.distance = preferring(iterations=2, scheduler="dpm++")
+    result = experiment(tmp_path / "out", trained).run()
+    assert {p.folder for p in bench.of("choose")} == {str(trained / f"{label}-12-seed0/pipeline") for label in MODELS}
+    for seed in GROUND.seeds:
+        assert cell(result, "looped", seed, "dpm", 12)["iterations"] == 2
+        assert cell(result, "looped", seed, "ddim", 6)["iterations"] == 2
+
+
+# What is reported
+
+
+def test_later_trainings_have_the_best_way_of_each_budget(bench, trained, tmp_path):
+    bench.distance = preferring(scheduler="dpm++")
+    result = experiment(tmp_path / "out", trained).run()
+    first = {(label, 0, way, budget) for label in MODELS for way, axes in WAYS.items() for budget in axes.budgets}
+    later = {(label, 1, way, budget) for label in MODELS for way, budget in (("ddim", 6), ("dpm", 12))}
+    assert cells(result) == first | later
+    assert len(bench.of("report")) == len(first | later), "no more are measured"
+
+
+def test_the_only_model_of_a_table_has_all_ways_of_all_trainings(bench, trained, tmp_path):
+    bench.distance = preferring(scheduler="dpm++")
+    result = experiment(tmp_path / "out", trained, ALONE).run()
+    assert cells(result) == {
+        ("looped", seed, way, budget) for seed in (0, 1) for way, axes in WAYS.items() for budget in axes.budgets
+    }
+
+
+def test_the_reporting_has_noise_of_its_own_and_as_many_images_as_asked(bench, trained, tmp_path):
+    result = experiment(tmp_path / "out", trained).run()
+    assert bench.images("choose") == {60}
+    assert bench.images("report") == {100}
+    assert {point.choices.seed for point in bench.of("report")} == {REPORTING}
+    assert REPORTING not in {point.choices.seed for point in bench.of("choose")}
+    assert {point["samples"] for point in result["points"]} == {100}
+
+
+def test_a_cell_has_what_was_measured_of_its_point(bench, trained, tmp_path):
+    bench.distance = salted(0)
+    result = experiment(tmp_path / "out", trained).run()
+    reported = {point.key: point for point in bench.of("report")}
+    for row in all_points(tmp_path / "out/report"):
+        point = reported[row["key"]]
+        label, _, seed = point.label.partition("-12-seed")
+        way = {"ddim": "ddim", "dpm++": "dpm"}[point.choices.scheduler]
+        found = cell(result, label, int(seed), way, point.budget)
+        value = bench.distance(point, 100)
+        assert found["measures"] == {"FD-fake": [value, value - 1, value + 1]}
+        assert (found["plan"], found["operations"]) == (row["plan"], point.operations)
+        assert found["passes"] <= found["budget"]
+
+
+def test_the_result_tells_the_table_and_its_trainings(bench, trained, tmp_path):
+    whole = experiment(tmp_path / "out", trained, data=None)
+    result = whole.run()
+    assert json.loads(json.dumps(result)) == read_json(tmp_path / "out/result.json")
+    assert (result["table"], result["question"], result["equal"]) == ("tiny", TABLE.question, "steps")
+    assert result["models"] == {"looped": "Looped", "plain": "Plain"}
+    assert (result["ways"], result["budgets"]) == (["ddim", "dpm"], [6, 12])
+    assert result["real"] == {"FD-fake": 0.5}
+    trained_ones = {(t["model"], t["seed"]): t for t in result["trainings"]}
+    assert set(trained_ones) == {(label, seed) for label in MODELS for seed in (0, 1)}
+    for (label, _), training in trained_ones.items():
+        assert training["operations"] == 12 * 8 * whole.operations(label)
+        assert training["parameters"] > 0
+        assert ("convergence" in training) is (label == "looped")
+
+
+# Tuned plans
+
+
+@pytest.fixture
+def tuned(bench, trained, tmp_path, monkeypatch):
+    """An experiment with a tuned way, on copies of the runs, since plans are written into them."""
+    runs = shutil.copytree(trained, tmp_path / "runs")
+    profile = lru_cache(lambda folder, *given: measure_profile(*given))
+    monkeypatch.setattr(tuning, "measure_profile", lambda *given: profile("", *given))
+    monkeypatch.setattr(tables, "load_pipeline", drawing.load_pipeline)
+    ways = {"by hand": Axes((12,), ("dpm++",), (1,)), "tuned": Axes((12,), ("dpm++",), tuned=True)}
+    return experiment(tmp_path / "out", runs, replace(ALONE, ways=ways))
+
+
+def test_later_trainings_are_drawn_by_the_plans_tuned_for_the_first(tuned, bench):
+    bench.distance = preferring(reuse="linear")
+    result = tuned.run()
+    first, later = (cell(result, "looped", seed, "tuned", 12) for seed in (0, 1))
+    assert first["reuse"] == later["reuse"] == "linear"
+    assert first["plan"] == later["plan"]
+    assert [plan.budget for plan in load_plans(tuned.runs / "looped-12-seed0/pipeline")] == [12]
+    assert not (tuned.runs / "looped-12-seed1/pipeline/plans.json").exists()
+    count = len(bench.measured)
+    assert tuned.run() == result
+    assert len(bench.measured) == count
+
+
+def test_tuning_does_not_see_the_noise_of_the_reporting(tuned, bench):
+    tuned.run()
+    assert REPORTING not in {point.choices.seed for name, point, _ in bench.measured if name != "report"}
+
+
+def test_a_plan_that_was_tuned_with_guidance_is_not_the_one_that_is_missing(tuned, bench):
+    tuned.run()
+    path = tuned.runs / "looped-12-seed0/pipeline/plans.json"
+    path.write_text(json.dumps([{**plan, "guidance_scale": 2.0} for plan in read_json(path)]))
+    shutil.rmtree(tuned.out)
+    assert ("looped", 0, "tuned", 12) in cells(tuned.run())
+
+
+# Stopped, and divided
+
+
+@pytest.mark.parametrize("stop_at", [0, 4, 9, 12])
+def test_a_stopped_experiment_keeps_what_there_is_and_goes_on_to_the_same(stop_at, bench, trained, tmp_path):
+    """The choosing has 9 points."""
+    bench.distance = salted(1)
+    wanted = experiment(tmp_path / "whole", trained).run()
+    points, bench.measured, bench.stop_at = bench.measured, [], stop_at
+    with pytest.raises(KeyboardInterrupt):
+        experiment(tmp_path / "out", trained).run()
+    kept = read_json(tmp_path / "out/result.json")
+    assert kept["trainings"] == wanted["trainings"]
+    assert len(kept["points"]) == max(0, stop_at - 9)
+    assert all(point in wanted["points"] for point in kept["points"])
+    bench.stop_at = None
+    assert {**experiment(tmp_path / "out", trained).run(), "made_with": None} == {**wanted, "made_with": None}
+    assert [(name, point.key) for name, point, _ in bench.measured] == [(name, point.key) for name, point, _ in points]
+
+
+def test_an_experiment_that_is_stopped_while_it_trains_goes_on_to_the_same(bench, trained, tmp_path, monkeypatch):
+    bench.distance = salted(2)
+    names, started = train_here(monkeypatch), trainings.started
+
+    def start(training, runs, threads):
+        if len(names) == 3:
+            raise KeyboardInterrupt
+        return started(training, runs, threads)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainings, "started", start)
+        with pytest.raises(KeyboardInterrupt):
+            experiment(tmp_path / "out", tmp_path / "runs").run()
+    found, wanted = experiment(tmp_path / "out", tmp_path / "runs").run(), experiment(tmp_path / "whole", trained).run()
+    assert names == [f"{label}-12-seed{seed}" for seed in (0, 1) for label in MODELS]
+    for result in (found, wanted):
+        for training in result["trainings"]:
+            del training["seconds"]
+    assert found == wanted
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [Part(models=["plain"]), Part(models=["looped"])],
+        [Part(seeds=[1]), Part(seeds=[0])],
+        [Part(seeds=[0]), Part(models=["looped"]), Part()],
+        [Part(ways=["dpm"]), Part(ways=["ddim"])],
+        [Part(budgets=[12]), Part(budgets=[6])],
+        [Part(ways=["ddim"], budgets=[12]), Part(models=["plain"], seeds=[1]), Part()],
+    ],
+    ids=str,
+)
+def test_parts_of_a_table_add_up_to_the_whole(parts, bench, trained, tmp_path):
+    bench.distance = salted(3)
+    wanted = experiment(tmp_path / "whole", trained).run()
+    for part in parts:
+        result = experiment(tmp_path / "out", trained).run(part)
+    assert result == wanted
+
+
+def test_a_part_of_a_table_is_all_that_is_computed(bench, trained, tmp_path, monkeypatch):
+    names = train_here(monkeypatch)
+    result = experiment(tmp_path / "out", tmp_path / "runs").run(Part(models=["plain"], seeds=[0], budgets=[12]))
+    assert names == ["plain-12-seed0"]
+    assert cells(result) == {("plain", 0, "ddim", 12), ("plain", 0, "dpm", 12)}
+    assert {(point.label, point.budget) for point in bench.of("choose")} == {("plain", 12)}
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Part(models=["loped"]), "unknown model 'loped'. Did you mean 'looped'"),
+        (Part(seeds=[2]), "unknown seed '2'"),
+        (Part(ways=["dpm++"]), "unknown way 'dpm"),
+        (Part(budgets=[13]), "unknown budget '13'"),
+    ],
+)
+def test_a_part_that_is_none_of_the_table_is_refused(part, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        experiment(tmp_path / "out", tmp_path / "runs").run(part)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def done(bench, trained, tmp_path):
+    """A finished experiment, and its runs."""
+    runs = shutil.copytree(trained, tmp_path / "runs")
+    whole = experiment(tmp_path / "out", runs)
+    whole.run()
+    bench.measured.clear()
+    return whole
+
+
+def test_runs_that_are_others_are_refused(done, bench, monkeypatch):
+    names, before = train_here(monkeypatch), contents(done.out / "report")
+    other = replace(done, ground=replace(GROUND, changes={**SIZES, "lr": 0.5}))
+    with pytest.raises(ValueError, match=r"lr was 0.001, is 0.5.*Choose another --runs-dir"):
+        other.run()
+    assert not names
+    assert not bench.measured
+    assert contents(done.out / "report") == before
+
+
+def test_what_is_refused_leaves_the_result_as_it_was(done):
+    before = (done.out / "result.json").read_bytes()
+    other = replace(done, ground=replace(GROUND, changes={**SIZES, "lr": 0.5}))
+    with pytest.raises(ValueError, match=r"lr was 0\.001"):
+        other.run()
+    assert (done.out / "result.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("of", ["another number of images", "no experiment"])
+def test_a_folder_that_holds_something_else_is_refused_before_anything_is_trained(of, done, tmp_path, monkeypatch):
+    names = train_here(monkeypatch)
+    if of == "no experiment":
+        (tmp_path / "mine/choose").mkdir(parents=True)
+        (tmp_path / "mine/choose/notes.txt").write_text("mine")
+        other = replace(done, out=tmp_path / "mine", runs=tmp_path / "others")
+    else:
+        other = replace(done, ground=replace(GROUND, chosen_on=70), runs=tmp_path / "others")
+    with pytest.raises(ValueError, match=r"(c|C)hoose another"):
+        other.run()
+    assert not names
+
+
+def test_data_that_is_not_there_is_refused_before_anything_is_computed(tmp_path, monkeypatch):
+    fork_trainings(monkeypatch)
+    ground = Ground("images", {**SIZES, "image_size": 8}, data="a folder of images")
+    with pytest.raises(ValueError, match="there is no"):
+        experiment(tmp_path / "out", tmp_path / "runs", ground=ground, data=str(tmp_path / "nowhere")).run()
+    assert not list(tmp_path.iterdir())

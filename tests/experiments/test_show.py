@@ -1,0 +1,158 @@
+"""Tables and plots of a result: what stands in each cell, and which is bold."""
+
+import pytest
+from PIL import Image
+
+from fpdm.experiments.show import as_text, markdown, plot, values_of, write_page
+
+MODELS = {"fpdm": "FPDM", "dit": "DiT"}
+PARAMETERS = {"fpdm": 250_000, "dit": 1_234_567}
+
+
+def point(model, way, budget, value, seed=0, best=True):
+    measures = {"FD-fake": [value, value - 0.1, value + 0.1], "KD": [9.0, 9.0, 9.0]}
+    return {"model": model, "way": way, "budget": budget, "seed": seed, "best": best, "measures": measures}
+
+
+def result_of(points, models=MODELS, ways=("DDIM", "UniPC"), budgets=(24, 560), real=0.125):
+    return {
+        "question": "Which is better?",
+        "models": models,
+        "ways": list(ways),
+        "budgets": list(budgets),
+        "trainings": [{"model": label, "parameters": PARAMETERS[label]} for label in models],
+        "points": points,
+        "real": real and {"FD-fake": real, "KD": 0.0},
+    }
+
+
+@pytest.fixture
+def result():
+    """FPDM is better at 24, with DDIM; DiT at 560, with UniPC, by which FPDM has none there."""
+    return result_of([
+        *(point("fpdm", "DDIM", 24, value, seed) for seed, value in enumerate((1.0, 2.0, 3.0))),
+        point("fpdm", "UniPC", 24, 0.5, best=False),
+        point("fpdm", "DDIM", 560, 1.5),
+        point("dit", "DDIM", 24, 7.0, best=False), point("dit", "UniPC", 24, 6.0),
+        *(point("dit", "UniPC", 560, value, seed) for seed, value in enumerate((0.5, 1.5))),
+    ])  # fmt: skip
+
+
+def cells(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+
+def test_a_table_has_means_and_ranges_of_the_trainings_and_the_lowest_mean_is_bold(result):
+    assert cells(markdown(result)) == [
+        ["block passes", "24", "560"],
+        ["---", "---", "---"],
+        ["FPDM (0.25 M)", "**2** (1 to 3)", "1.5"],
+        ["DiT (1.23 M)", "6", "**1** (0.5 to 1.5)"],
+        ["real images", "0.125", "0.125"],
+    ]
+
+
+def test_a_table_of_one_way_leaves_blank_what_is_not_there(result):
+    assert cells(markdown(result, "UniPC"))[2:] == [
+        ["FPDM (0.25 M)", "**0.5**", ""],
+        ["DiT (1.23 M)", "6", "**1** (0.5 to 1.5)"],
+        ["real images", "0.125", "0.125"],
+    ]
+    assert [row[2] for row in cells(markdown(result, "DDIM"))[2:]] == ["**1.5**", "", "0.125"]
+
+
+def test_the_table_of_a_single_model_has_a_row_per_way():
+    points = [point("fpdm", "DDIM", 24, 2.0), point("fpdm", "DDIM", 24, 4.0, 1), point("fpdm", "UniPC", 24, 2.5)]
+    alone = result_of(points, models={"fpdm": "FPDM"})
+    assert cells(markdown(alone))[2:] == [
+        ["DDIM", "3 (2 to 4)", ""],
+        ["UniPC", "**2.5**", ""],
+        ["real images", "0.125", "0.125"],
+    ]
+
+
+def test_equal_means_are_both_bold_and_order_does_not_matter(result):
+    tied = result_of([point("fpdm", "DDIM", 24, 2.0), point("dit", "DDIM", 24, 2.0)])
+    assert [row[1] for row in cells(markdown(tied))[2:4]] == ["**2**", "**2**"]
+    assert markdown({**result, "points": result["points"][::-1]}) == markdown(result)
+
+
+def test_a_model_of_which_nothing_is_there_has_no_row(result):
+    part = {
+        **result,
+        "points": [p for p in result["points"] if p["model"] == "dit"],
+        "trainings": result["trainings"][1:],
+    }
+    assert [row[0] for row in cells(markdown(part))[2:]] == ["DiT (1.23 M)", "real images"]
+
+
+def test_a_table_of_nothing_has_a_head():
+    assert cells(markdown(result_of([], real=None))) == [["block passes", "24", "560"], ["---"] * 3]
+
+
+def test_text_is_the_table_in_columns_below_the_question(result):
+    question, _, *lines = as_text(result).splitlines()
+    assert question == "Which is better?"
+    assert len({len(line) for line in lines}) == 1
+    starts = [lines[0].index(head) for head in ("block passes", "24", "560")]
+    found = [[line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)] for line in lines]
+    head, _, *rows = cells(markdown(result).replace("**", ""))
+    assert found == [head, *rows]
+
+
+@pytest.mark.parametrize(
+    ("points", "values"),
+    [
+        ([], {}),
+        ([("a", 24, 3.0)], {24: [3.0]}),
+        ([("a", 24, 3.0), ("a", 24, 4.0), ("b", 24, 2.0)], {24: [3.0, 4.0]}),
+        ([("a", 24, 1.0), ("b", 40, 1.0), ("b", 40, 2.0)], {24: [1.0], 40: [1.0, 2.0]}),
+    ],
+    ids=["nothing", "one", "most trainings", "at each budget its own"],
+)
+def test_values_are_of_the_way_with_most_trainings(points, values):
+    assert values_of(point("fpdm", *given) for given in points) == values
+
+
+def is_drawn(path):
+    with Image.open(path) as image:
+        return image.format == "PNG" and len(image.convert("RGB").getcolors(10**7)) > 5
+
+
+@pytest.mark.parametrize("models", [MODELS, {"fpdm": "FPDM"}], ids=len)
+@pytest.mark.parametrize("real", [0.125, None])
+def test_a_plot_is_a_picture(models, real, result, tmp_path):
+    points = [p for p in result["points"] if p["model"] in models]
+    plot(result_of(points, models, real=real), tmp_path / "plot.png")
+    assert is_drawn(tmp_path / "plot.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
+
+
+def test_a_plot_has_room_for_more_models_than_colours(tmp_path):
+    labels = [f"m{i}" for i in range(9)]
+    many = result_of([point(label, "DDIM", 24, 1.0 + i) for i, label in enumerate(labels)], models={})
+    many |= {"models": {label: label for label in labels}, "ways": ["DDIM"]}
+    many["trainings"] = [{"model": label, "parameters": 10**6} for label in labels]
+    plot(many, tmp_path / "plot.png")
+    assert is_drawn(tmp_path / "plot.png")
+
+
+def test_a_page_has_the_plot_and_the_tables_of_all_ways(result, tmp_path):
+    path = write_page(result, tmp_path)
+    text = path.read_text("utf-8")
+    assert path == tmp_path / "table.md"
+    assert text.startswith("# Which is better?\n")
+    assert [part in text for part in (markdown(result), markdown(result, "DDIM"), markdown(result, "UniPC"))] == [
+        True
+    ] * 3
+    assert "(plot.png)" in text
+    assert [line for line in text.splitlines() if line.startswith("## ")] == ["## DDIM", "## UniPC"]
+    assert is_drawn(tmp_path / "plot.png")
+
+
+@pytest.mark.parametrize(("models", "ways"), [({"fpdm": "FPDM"}, ("DDIM", "UniPC")), (MODELS, ("DDIM",))])
+def test_a_page_of_one_model_or_one_way_has_one_table(models, ways, tmp_path):
+    points = [point(model, way, 24, 1.0) for model in models for way in ways]
+    text = write_page(result_of(points, models, ways), tmp_path).read_text("utf-8")
+    assert "## " not in text
+    assert text.count("block passes") == 1
