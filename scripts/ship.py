@@ -7,6 +7,7 @@ it. The plans that `fpdm tune` kept with the run come along.
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ def main() -> int:
     pipe.to(torch.float16).save_pretrained(folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if size > MOST_BYTES:
+        shutil.rmtree(folder)
         sys.exit(f"{folder} has {size:,} bytes; at most {MOST_BYTES:,} go into the package")
     (folder / "README.md").write_text(card(options.name, pipe, count, size, read_json(options.result), options.model))
     print(f"{folder}: {count:,} parameters, {size / 1e6:.2f} MB")

@@ -106,9 +106,9 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fpdm"
 
 
-def shipped() -> list[str]:
-    """The names of the models inside the package, which are found by them wherever no folder of the name is a model."""
-    return sorted(path.parent.name for path in SHIPPED.glob("*/model_index.json"))
+def shipped() -> dict[str, Path]:
+    """The models inside the package, by the names under which they are found where no folder of the name is a model."""
+    return {path.parent.name: path.parent for path in sorted(SHIPPED.glob("*/model_index.json"))}
 
 
 def model_folder(name: str) -> str:
@@ -125,7 +125,7 @@ def model_folder(name: str) -> str:
                 raise ValueError(f"{folder} is a {made_for}, not a FixedPointDiTPipeline")
             return str(folder)
     if name in shipped():
-        return str(SHIPPED / name)
+        return str(shipped()[name])
     if (path / "config.json").is_file() and (path / "checkpoints").is_dir():
         raise ValueError(f"{name} is a run without a model yet: let its training end, or interrupt it with Ctrl-C")
     if path.exists():

@@ -15,7 +15,7 @@ from diffusers.utils import BaseOutput, logging
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from fpdm.files import SHIPPED, shipped
+from fpdm.files import shipped
 from fpdm.fixedpoint import Picard, Solver, Status
 
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
@@ -95,8 +95,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         A folder whose files are missing or damaged raises OSError or ValueError.
         """
         path = pretrained_model_name_or_path
-        if str(path) in shipped() and not Path(path).is_dir():
-            path = SHIPPED / path
+        if not Path(path).is_dir():
+            path = shipped().get(str(path), path)
         if not Path(path).is_dir():  # diffusers downloads only what it has classes for, so the whole is fetched here
             options = ("cache_dir", "force_download", "local_files_only", "revision", "token")
             path = snapshot_download(

@@ -44,9 +44,8 @@ def train_missing(
         return
     threads = threads or max(1, (os.cpu_count() or 1) // processes)
     waiting, working = list(missing), list[tuple[Training, subprocess.Popen[bytes]]]()
-    with tqdm(
-        total=sum(steps_of(training) for training in missing), unit="step", mininterval=0.5, desc="training"
-    ) as bar:
+    total, done = (sum(count(training) for training in missing) for count in (steps_of, lambda t: steps_done(t, runs)))
+    with tqdm(total=total, initial=done, unit="step", mininterval=0.5, desc="training") as bar:
         try:
             while waiting or working:
                 while waiting and len(working) < processes:

@@ -28,7 +28,7 @@ from fpdm.drawing import Choices, load_pipeline
 from fpdm.evaluation import Evaluation
 from fpdm.experiments.points import Axes, Point, Settings, labelled
 from fpdm.experiments.sweep import check_claim, run_points
-from fpdm.files import SHIPPED, write_json
+from fpdm.files import shipped, write_json
 from fpdm.models import DiT, FixedPointDiT
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import (
@@ -185,7 +185,7 @@ def tune_model(
     Raises ValueError for a model that is not on this machine, and as `run_sweep` does.
     """
     ((label, folder),) = labelled([model]).items()
-    if Path(folder).parent == SHIPPED:
+    if Path(folder) in shipped().values():
         raise ValueError(f"{label} is inside the package, with its plans: copy {folder} and tune the copy")
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder on this machine, in which plans could be kept: download it first")

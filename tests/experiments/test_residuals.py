@@ -1,0 +1,38 @@
+"""How fast iterates converge: by timestep and iteration, of networks of which that is known."""
+
+import torch
+
+from fpdm.data import digits
+from fpdm.diffusion import make_schedule
+from fpdm.experiments.residuals import ITERATIONS, TIMESTEPS, residuals_by_timestep
+from fpdm.models import FixedPointDiT
+from fpdm.pipeline import FixedPointDiTPipeline
+
+SIZES = {"sample_size": 8, "patch_size": 4, "in_channels": 1, "hidden_size": 8, "num_heads": 2, "num_classes": 10}
+
+
+def residuals_of(**changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FixedPointDiT(**{**SIZES, **changes})
+        if "input_skip" not in changes:
+            torch.nn.init.eye_(model.core.inject_out.weight[:, :8])
+    found = residuals_by_timestep(FixedPointDiTPipeline(model, make_schedule()), digits())
+    assert (found["images"], found["timesteps"]) == (64, list(TIMESTEPS))
+    residuals = torch.tensor(found["residuals"])
+    assert residuals.shape == (len(TIMESTEPS), ITERATIONS)
+    return residuals
+
+
+def test_a_network_whose_iterations_do_nothing_yet_is_solved_at_once():
+    assert not residuals_of(input_skip=True).any()  # f(z) = u, where solves start
+
+
+def test_a_contraction_converges_at_every_timestep():
+    residuals = residuals_of()
+    assert (residuals[:, 0] > 0.01).all()
+    assert (residuals[:, -1] < 0.1 * residuals[:, 0]).all()
+
+
+def test_twice_the_same():
+    assert torch.equal(residuals_of(), residuals_of())
