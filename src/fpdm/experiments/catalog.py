@@ -25,7 +25,7 @@ MODELS = {
 }  # fmt: skip
 
 METHODS = {
-    "fpdm": Model("S-JFB"),
+    "fpdm": Model("S-JFB, N = M = 6"),
     "jfb": Model("JFB", {"gradient": "jfb"}),
     "multistep": Model("multi-step JFB, 3 and 3", {"gradient": "multistep", "no_grad_max": 3, "with_grad_max": 3}),
     "phantom": Model("phantom, 3 and 3", {"gradient": "phantom", "no_grad_max": 3, "with_grad_max": 3}),
@@ -39,6 +39,8 @@ METHODS = {
     "m1": Model("S-JFB, M = 1", {"with_grad_max": 1}),
     "m3": Model("S-JFB, M = 3", {"with_grad_max": 3}),
     "m12": Model("S-JFB, M = 12", {"with_grad_max": 12}),
+    "n3-m3": Model("S-JFB, N = M = 3", {"no_grad_max": 3, "with_grad_max": 3}),
+    "n0-m6": Model("S-JFB, N = 0", {"no_grad_max": 0}),
 }
 
 FORM = {

@@ -73,8 +73,8 @@ def draw(rows: list[tuple[list[Image.Image], Report]], path: Path) -> None:
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.invert_xaxis()
     axis.grid(alpha=0.3)
-    axis.legend(loc="upper right", bbox_to_anchor=(1, 0.82))  # between the curves
-    axis.margins(y=0.12)
+    axis.legend(loc="best", ncols=len(rows), columnspacing=1.0, handlelength=1.2)
+    axis.margins(y=0.2)
     axis.set_title("How far each fixed point was solved", fontsize=10)
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -89,7 +89,7 @@ def plot(result: Row, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import FixedLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     ways = result["ways"] if len(result["models"]) > 1 else [None]
     figure, axes = plt.subplots(
@@ -107,11 +107,10 @@ def plot(result: Row, path: Path) -> None:
         if result["real"]:
             axis.axhline(next(iter(result["real"].values())), color="black", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", yscale="log", xlabel="block passes per image", title=way or "")
-        axis.xaxis.set_major_locator(FixedLocator(result["budgets"]))
-        axis.yaxis.set_major_formatter(ScalarFormatter())
-        axis.yaxis.set_minor_formatter(ScalarFormatter())
-        axis.xaxis.set_major_formatter(ScalarFormatter())
-        axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set_xticks(result["budgets"], [str(budget) for budget in result["budgets"]])
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"{next(iter(result['real'] or {'distance': 0}))}, lower is better")
     axes[0][-1].legend(fontsize=8)
