@@ -10,22 +10,20 @@ from functools import lru_cache
 from zlib import crc32
 
 import pytest
-from PIL import Image
 
 from fpdm import drawing
-from fpdm.cli.quiet import quiet_libraries
-from fpdm.evaluation import Evaluation, Measure
 from fpdm.experiments import experiment as tables
-from fpdm.experiments import sweep, trainings
+from fpdm.experiments import trainings
 from fpdm.experiments import tune as tuning
 from fpdm.experiments.experiment import REPORTING
-from fpdm.experiments.points import Axes, Settings
+from fpdm.experiments.points import Axes
 from fpdm.experiments.sweep import all_points
 from fpdm.experiments.table import Ground, Model, Part
 from fpdm.experiments.trainings import train_missing
 from fpdm.files import read_json
 from fpdm.sampling import load_plans, measure_profile
 from tests.commands import contents
+from tests.experiments.bench import load_pipeline, make_bench, preferring
 from tests.experiments.tables import (
     ALONE,
     GROUND,
@@ -38,55 +36,15 @@ from tests.experiments.tables import (
     train_here,
 )
 
-instrument_for = sweep.instrument_for
-load_pipeline, operations_of_training = lru_cache(tables.load_pipeline), lru_cache(tables.operations_of_training)
-
-
-@lru_cache
-def instrument_of(data, size):
-    return instrument_for(Settings(data, device="cpu"), size)
-
-
-class Bench:
-    """Stands in for drawing and measuring: the distance of a point is whatever `distance` says of it."""
-
-    def __init__(self):
-        self.measured, self.stop_at = [], None
-        self.distance = lambda point, images: 10.0
-
-    def measure_point(self, point, settings, out, processes, on_batch=None):
-        if len(self.measured) == self.stop_at:
-            raise KeyboardInterrupt
-        self.measured.append((out.name, point, settings.num_images))
-        Image.new("L", (8, 8)).save(out / "grids" / f"{point.key}.png")
-        plan = point.choices.plan(sweep.load_pipeline(point.folder, "cpu", "float32"))
-        value = self.distance(point, settings.num_images)
-        measures = (Measure("FD-fake", value, value - 1, value + 1, 0.5, "floor"),)
-        evaluation = Evaluation(settings.num_images, 50, (50, 50), 0.1, {}, {}, measures)
-        choices = {name: getattr(point.choices, name) for name in
-                   ("scheduler", "iterations", "allocation", "reuse", "solver", "seed")}  # fmt: skip
-        return {**choices, "model": point.label, "budget": point.budget, "plan": str(plan), "passes": plan.planned,
-                "operations": point.operations, "seconds": 0.0, "diverged": 0, "made_with": {"device": "cpu"},
-                "evaluation": evaluation.to_dict()}  # fmt: skip
-
-    def of(self, part):
-        """The points of a part, "choose" or "report"."""
-        return [point for name, point, _ in self.measured if name == part]
-
-    def images(self, part):
-        return {images for name, _, images in self.measured if name == part}
+operations_of_training = lru_cache(tables.operations_of_training)
 
 
 @pytest.fixture
 def bench(monkeypatch, cache):
-    bench = Bench()
-    monkeypatch.setattr(sweep, "measure_point", bench.measure_point)
+    bench = make_bench(monkeypatch)
     # What is slow and the same for all tests is made once.
-    monkeypatch.setattr(sweep, "load_pipeline", load_pipeline)
     monkeypatch.setattr(tables, "load_pipeline", load_pipeline)
     monkeypatch.setattr(tables, "operations_of_training", operations_of_training)
-    monkeypatch.setattr(sweep, "instrument_for", lambda settings, size: instrument_of(settings.data, size))
-    quiet_libraries()
     return bench
 
 
@@ -103,11 +61,6 @@ def trained(tmp_path_factory):
 def salted(salt):
     """Distances as by chance, but the same whenever they are asked for."""
     return lambda point, images: crc32(repr((salt, point.key, images)).encode()) % 1000 / 10 + 1
-
-
-def preferring(**wanted):
-    """Distances that are smallest where all of these choices are made."""
-    return lambda point, images: 10.0 - sum(getattr(point.choices, name) == value for name, value in wanted.items())
 
 
 def cells(result):

@@ -6,14 +6,10 @@ Distances are made up here, so that a test can say which plan is the best; `fpdm
 import dataclasses
 import json
 import shutil
-from functools import lru_cache
 from zlib import crc32
 
 import pytest
-from PIL import Image
 
-from fpdm.cli.quiet import quiet_libraries
-from fpdm.evaluation import Evaluation, Measure
 from fpdm.experiments import sweep
 from fpdm.experiments import tune as tuning
 from fpdm.experiments.sweep import Axes, Settings, all_points, points_of, shape_of
@@ -22,6 +18,7 @@ from fpdm.models import DiT
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import cost_of, load_plans, measure_profile
 from fpdm.weights import digest
+from tests.experiments.bench import make_bench, plan_of, preferring
 from tests.experiments.sweeps import save_pipeline
 
 BUDGET = 16
@@ -34,7 +31,7 @@ def models(models, tmp_path):
     return {label: shutil.copytree(folder, tmp_path / "models" / label) for label, folder in models.items()}
 
 
-instrument_for, profiles = sweep.instrument_for, {}
+profiles = {}
 
 
 def profile_of(model, *given):
@@ -43,58 +40,15 @@ def profile_of(model, *given):
     return profiles[digest(model)]
 
 
-@lru_cache
-def instrument_of(data, size):
-    return instrument_for(Settings(data, device="cpu"), size)
-
-
-class Bench:
-    """Stands in for drawing and measuring: the distance of a point is whatever `distance` says of its choices."""
-
-    def __init__(self):
-        self.measured, self.stop_at = [], None
-        self.distance = lambda choices, images: 10.0
-
-    def measure_point(self, point, settings, out, processes, on_batch=None):
-        if len(self.measured) == self.stop_at:
-            raise KeyboardInterrupt
-        plan = point.choices.plan(sweep.load_pipeline(point.folder, "cpu", "float32"))
-        self.measured.append((out.name, point.budget, point.choices, plan))
-        Image.new("L", (8, 8)).save(out / "grids" / f"{point.key}.png")
-        value = self.distance(point.choices, settings.num_images)
-        measures = (Measure("FD-fake", value, value, value, 0.1, "floor"),)
-        evaluation = Evaluation(settings.num_images, 50, (50, 50), 0.1, {}, {}, measures)
-        of_point = {"model": point.label, "scheduler": point.choices.scheduler, "budget": point.budget}
-        return {**of_point, "plan": str(plan), "evaluation": evaluation.to_dict()}
-
-    def round(self, number):
-        return [(choices, plan) for name, _, choices, plan in self.measured if name == f"round-{number}"]
-
-
 @pytest.fixture
 def bench(monkeypatch, cache):
-    bench = Bench()
-    monkeypatch.setattr(sweep, "measure_point", bench.measure_point)
-    # What is slow and the same for all rounds is made once.
-    monkeypatch.setattr(sweep, "load_pipeline", lru_cache(sweep.load_pipeline))
-    monkeypatch.setattr(sweep, "instrument_for", lambda settings, size: instrument_of(settings.data, size))
     monkeypatch.setattr(tuning, "measure_profile", lambda *given: profile_of(*given))
-    quiet_libraries()
-    return bench
+    return make_bench(monkeypatch)
 
 
 def tune(model, out, budgets=(BUDGET,), schedulers=SCHEDULERS, num_images=400, **changes):
     settings = Settings("digits", num_images=num_images, device="cpu", **changes)
     return tune_model(str(model), list(budgets), list(schedulers), settings, out, seed=1, say=lambda text: None)
-
-
-def preferring(**wanted):
-    """Distances that are smallest where all of these choices are made."""
-
-    def distance(choices, images):
-        return 10.0 - sum(getattr(choices, name) == value for name, value in wanted.items())
-
-    return distance
 
 
 # What is tried
@@ -104,8 +58,9 @@ def preferring(**wanted):
 def test_no_plan_of_any_round_spends_more_than_the_budget(budget, models, bench, tmp_path):
     tune(models["looped"], tmp_path / "out", [budget], ["dpm++", "heun"])
     assert {name for name, *_ in bench.measured} == {"round-1", "round-2", "round-3", "round-4"}
-    for _, asked, choices, plan in bench.measured:
-        assert asked == budget
+    for _, point, _ in bench.measured:
+        choices, plan = point.choices, plan_of(point)
+        assert point.budget == budget
         assert budget - 1 <= plan.planned <= budget, choices
         assert plan.planned == 2 * plan.num_steps + sum(plan.iterations)
         assert choices.scheduler != "heun" or plan.num_steps % 2 == 1
@@ -188,9 +143,10 @@ def test_what_was_best_in_early_rounds_only_does_not_win(models, bench, tmp_path
     best = preferring(reuse="linear", solver="anderson:2")
     hand = []
 
-    def distance(choices, images):
+    def distance(point, images):
+        choices = point.choices
         if images < 400:
-            return best(choices, images) + isinstance(choices.iterations, tuple)
+            return best(point, images) + isinstance(choices.iterations, tuple)
         plain = (choices.reuse, choices.solver, choices.allocation) == ("plain", "picard", "constant")
         hand.extend([choices] if plain and not isinstance(choices.iterations, tuple) else [])
         last = bool(hand) and choices == hand[-1]
@@ -206,11 +162,11 @@ def test_what_was_best_in_early_rounds_only_does_not_win(models, bench, tmp_path
 
 @pytest.mark.parametrize("salt", range(2))
 def test_whatever_is_measured_the_winner_is_not_worse_than_the_best_by_hand(salt, models, bench, tmp_path):
-    bench.distance = lambda choices, images: float(crc32(repr((salt, images, choices)).encode()) % 1000)
+    bench.distance = lambda point, images: float(crc32(repr((salt, images, point.choices)).encode()) % 1000)
     (plan,) = tune(models["looped"], tmp_path / "out")
     values = [p["evaluation"]["measures"][0]["value"] for p in all_points(tmp_path / "out/round-4")]
     assert plan.found["value"] == min(values) <= plan.found["by_hand"]
-    (best, _), *_ = sorted(bench.round(3), key=lambda pair: bench.distance(pair[0], 400))
+    best = min(bench.of("round-3"), key=lambda point: bench.distance(point, 400)).choices
     assert {choices.seed for choices, _ in bench.round(4)} == {2}
     assert dataclasses.replace(best, seed=2) in [choices for choices, _ in bench.round(4)]
     assert {choices.scheduler for choices, _ in bench.round(3)} == set(SCHEDULERS)
@@ -218,7 +174,7 @@ def test_whatever_is_measured_the_winner_is_not_worse_than_the_best_by_hand(salt
 
 def test_a_winner_that_another_seed_does_not_confirm_gives_way_to_the_plan_by_hand(models, bench, tmp_path):
     lucky = preferring(scheduler="ddpm", reuse="linear", solver="anderson:2")
-    bench.distance = lambda choices, images: lucky(choices, images) * (1 if choices.seed == 1 else -1)
+    bench.distance = lambda point, images: lucky(point, images) * (1 if point.choices.seed == 1 else -1)
     (plan,) = tune(models["looped"], tmp_path / "out")
     assert (plan.reuse, plan.solver) == ("plain", "picard")
     assert plan.found["value"] == plan.found["by_hand"]
@@ -253,7 +209,7 @@ def test_tuning_again_measures_nothing_twice_and_another_budget_adds_to_what_is_
 
 @pytest.mark.parametrize("stop_at", [3, "last"])
 def test_a_stopped_tuning_goes_on_to_the_plans_of_one_that_nothing_came_between(stop_at, models, bench, tmp_path):
-    bench.distance = lambda choices, images: float(sum(repr((choices, images)).encode()) % 97)
+    bench.distance = lambda point, images: float(sum(repr((point.choices, images)).encode()) % 97)
     whole = shutil.copytree(models["looped"], tmp_path / "whole/looped")
     tune(whole, tmp_path / "whole/out", [5, 9])
     wanted, bench.measured = bench.measured, []
@@ -265,7 +221,8 @@ def test_a_stopped_tuning_goes_on_to_the_plans_of_one_that_nothing_came_between(
     assert kept == ([5] if stop_at == "last" else []), "each plan is kept as soon as it is found"
     bench.stop_at = None
     tune(models["looped"], tmp_path / "out", [5, 9])
-    assert bench.measured == wanted, "none of them twice"
+    told = [[(name, point.key, images) for name, point, images in some] for some in (bench.measured, wanted)]
+    assert told[0] == told[1], "none of them twice"
     assert (models["looped"] / "plans.json").read_bytes() == (whole / "plans.json").read_bytes()
 
 

@@ -11,15 +11,16 @@ stops; the same command goes on.
 
 import argparse
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from fpdm.cli.processes import termination_interrupts
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.cli.sweep import INTERRUPTED, numbers, words
 from fpdm.files import check_writable, read_json
 from fpdm.names import needs
+from fpdm.signals import handled_by
 
 Value = TypeVar("Value")
 
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     status = 0
     try:
-        with termination_interrupts():  # trainings are to be told, and to save
+        with handled_by(signal.default_int_handler, signal.SIGTERM):  # trainings are to be told, and to save
             experiment.run(part)
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from here")

@@ -1,11 +1,7 @@
 """Commands that several processes carry out together."""
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from threading import current_thread, main_thread
 from typing import NoReturn
 
 
@@ -16,16 +12,3 @@ def leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-@contextmanager
-def termination_interrupts() -> Iterator[None]:
-    """Within the context SIGTERM does what Ctrl-C does. Off the main thread, where nobody may say so, it does not."""
-    if current_thread() is not main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -17,11 +17,10 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
-from threading import Thread, current_thread, main_thread
+from threading import Thread
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from fpdm.experiments.points import Axes, Point, Settings, points_of
 from fpdm.files import cache_folder, hold, is_free, read_json, write_json
 from fpdm.machine import made_with
 from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.signals import handled_by
 from fpdm.weights import digest
 
 # What may differ between the parts of one sweep: how it is computed, but not what.
@@ -177,7 +177,7 @@ def computed(
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
     counter = context.Value("i", 0)
     with ProcessPoolExecutor(processes, context, start_worker, (threads, counter)) as pool:
-        with without_interrupts():  # of the processes; the main one ends them
+        with handled_by(signal.SIG_IGN, signal.SIGINT):  # by the processes, too: the main one ends them
             futures = {pool.submit(measure_point, point, settings, out, processes): point for point in points}
         try:
             for future in as_completed(futures):
@@ -195,19 +195,6 @@ def computed(
             for worker in workers:
                 worker.kill()  # what is drawn is on the disk
             raise
-
-
-@contextmanager
-def without_interrupts() -> Iterator[None]:
-    """Processes that are started in here ignore Ctrl-C. Off the main thread, where nobody may say so, they do not."""
-    if current_thread() is not main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 _place = 0  # which of the worker processes this is

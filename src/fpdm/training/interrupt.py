@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from fpdm.signals import handled_by
+
 
 class Interrupt:
     """Set once the process has been asked to stop."""
@@ -24,9 +26,5 @@ class Interrupt:
 def deferred_interrupts() -> Iterator[Interrupt]:
     """Within the context, interrupts are noted instead of raised. Only the main thread can do this."""
     interrupt = Interrupt()
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with handled_by(interrupt, signal.SIGINT, signal.SIGTERM):
         yield interrupt
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
