@@ -1,6 +1,6 @@
 """Draw the plots of the docs that come from kept results.
 
-python scripts/write_plots.py          writes docs/images/solver_images.png
+python scripts/write_plots.py          writes docs/images/solver_images.png, and one of each table of reproduction.md
 """
 
 import json
@@ -13,7 +13,10 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from fpdm.experiments.show import plot
+
 ROOT = Path(__file__).parents[1]
+REPRODUCTION = "benchmarks/results/2026-11-23-reproduction"
 LADDERS = {"digits": "2026-11-23-ladder-digits", "Fashion-MNIST": "2026-11-23-ladder-fashion"}
 SOLVERS, COUNTS, BUDGETS = {"picard": "o", "anderson:2": "s", "broyden": "^"}, (2, 4, 8), {40: "C0", 80: "C1"}
 
@@ -53,3 +56,5 @@ def solver_images(path: Path) -> None:
 
 if __name__ == "__main__":
     solver_images(ROOT / "docs/images/solver_images.png")
+    for result in sorted((ROOT / REPRODUCTION).glob("*.json")):
+        plot(json.loads(result.read_text()), ROOT / "docs/images" / f"{result.stem}.png")

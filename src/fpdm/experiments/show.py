@@ -105,8 +105,14 @@ def plot(result: Row, path: Path) -> None:
             ends = [[f(values[b]) for b in budgets] for f in (min, max)]
             axis.fill_between(budgets, *ends, color=colour, alpha=0.15, linewidth=0)
         if result["real"]:
-            axis.axhline(next(iter(result["real"].values())), color="black", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", yscale="log", xlabel="block passes per image", title=way or "")
+            axis.axhline(next(iter(result["real"].values())), color="black", linewidth=0.8, linestyle=":",
+                         label="real images")  # fmt: skip
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel="block passes per image",
+            title=way if len(ways) > 1 else result["question"],
+        )
         axis.set_xticks(result["budgets"], [str(budget) for budget in result["budgets"]])
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
