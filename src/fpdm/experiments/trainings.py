@@ -99,7 +99,7 @@ def check_runs(trainings: list[Training], runs: Path, fingerprint: str | None = 
 
 
 def started(training: Training, runs: Path, threads: int) -> "subprocess.Popen[bytes]":
-    """The process of a training. What it prints goes to train.out in `runs`, by its name."""
+    """The process of a training. What it prints goes to a file in `runs`, see `output_of`."""
     runs.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "fpdm", "train", *training.words, "--name", training.name, "--runs-dir", str(runs)]
     with output_of(training, runs).open("ab") as output:
