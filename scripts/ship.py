@@ -1,9 +1,10 @@
-"""Put a trained model into the package: weights in float16, and a model card.
+"""Put a trained model into the package: its weights in float16, measured as they are stored, and a model card.
 
-    python scripts/ship.py RUN --name fashion-mnist --result RESULT.json --model LABEL
+    fpdm tune RUN --data DIR --budgets 24,40,80,160 --out TUNED
+    python scripts/ship.py RUN --name fashion-mnist --data DIR --out SWEEP
 
-RESULT.json is of `fpdm experiment`, and LABEL the model's in it: the card has its numbers, and the command that trained
-it. The plans that `fpdm tune` kept with the run come along.
+The tuned plans come along, and are what is measured. SWEEP is a folder of `fpdm sweep`, for docs and plots; the same
+command goes on with one that was interrupted.
 """
 
 import argparse
@@ -14,11 +15,22 @@ from typing import Any
 
 import torch
 
+from fpdm.evaluation import Evaluation
 from fpdm.evaluation.result import significant
+from fpdm.experiments.experiment import REPORTING
+from fpdm.experiments.points import Axes, Settings
+from fpdm.experiments.sweep import all_points, run_sweep
+from fpdm.experiments.table import Training
+from fpdm.experiments.trainings import seconds_of
 from fpdm.files import SHIPPED, model_folder, read_json
+from fpdm.machine import processor
 from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.recipes import recipe
+from fpdm.training.config import Config, differences
 
 MOST_PARAMETERS, MOST_BYTES = 2_800_000, 6_000_000
+SAMPLES, SPLIT = 5000, "test"
+RECIPE = {"fashion-mnist": "fashion_mnist"}
 DATA = {
     "fashion-mnist": "Fashion-MNIST (Zalando Research; MIT licence): the 60,000 training images, 28 x 28 pixels, grey",
 }
@@ -35,51 +47,62 @@ iteration, so that every sample may cost as much or as little as is asked.
 - **Use**: `fpdm sample {name} --budget 80 --out samples`, or
   `FixedPointDiTPipeline.from_pretrained("{name}")`. Classes: {classes}.
 
-{distance} by block passes per image, {samples:,} samples against {real}, lower is better (real images have {floor}):
+{distance} by block passes per image, {samples:,} samples against the {split} images, lower is better (real images have
+{real}). Measured as stored, without guidance, with the tuned plans, which commands take by themselves:
 
 | passes | plan | {distance} |
 | --- | --- | --- |
 {rows}
 
-It draws what it was trained on, small pictures of clothes, and is meant for trying the method and for tests. Guidance
-was not used for these numbers.
+It draws what it was trained on, small pictures of clothes, and is meant for trying the method and for tests.
 """
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="run or pipeline folder")
+    parser.add_argument("run", type=Path)
     parser.add_argument("--name", required=True, choices=DATA)
-    parser.add_argument("--result", required=True, type=Path, help="result.json of fpdm experiment")
-    parser.add_argument("--model", required=True, help="label of the model in it")
+    parser.add_argument("--data", required=True, help="what it was trained on")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the sweep")
+    parser.add_argument("--processes", type=int, default=1)
     options = parser.parse_args()
     folder = SHIPPED / options.name
-    pipe = FixedPointDiTPipeline.from_pretrained(model_folder(options.run))
-    count = sum(weight.numel() for weight in pipe.transformer.parameters())
-    if count > MOST_PARAMETERS:
-        sys.exit(f"{options.run} has {count:,} parameters; at most {MOST_PARAMETERS:,} go into the package")
-    pipe.to(torch.float16).save_pretrained(folder)
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    if size > MOST_BYTES:
-        shutil.rmtree(folder)
-        sys.exit(f"{folder} has {size:,} bytes; at most {MOST_BYTES:,} go into the package")
-    (folder / "README.md").write_text(card(options.name, pipe, count, size, read_json(options.result), options.model))
-    print(f"{folder}: {count:,} parameters, {size / 1e6:.2f} MB")
+    store(options.run, folder)
+    measure(folder, options.data, options.out, options.processes)
+    (folder / "README.md").write_text(card(options.name, folder, options.run, options.out))
+    print(f"{folder}: {size_of(folder) / 1e6:.2f} MB")
     return 0
 
 
-def card(name: str, pipe: FixedPointDiTPipeline, count: int, size: int, result: dict[str, Any], label: str) -> str:
-    sizes, training = pipe.transformer.config, next(t for t in result["trainings"] if t["model"] == label)
-    points = [p for p in result["points"] if (p["model"], p["seed"], p["best"]) == (label, training["seed"], True)]
-    distance, floor = next(iter(result["real"].items()))
-    rows = []
-    for point in sorted(points, key=lambda point: point["budget"]):
-        value, low, high = point["measures"][distance]
-        plan = f"{point['plan'].rsplit(', ', 1)[0]}, {point['scheduler']}"
-        rows.append(
-            f"| {point['budget']} | {plan} | {significant(value)} ({significant(low)} to {significant(high)}) |"
-        )
-    machine = result["made_with"]
+def store(run: Path, folder: Path) -> None:
+    """Store the model of a run in half precision, if it is small enough."""
+    pipe = FixedPointDiTPipeline.from_pretrained(model_folder(str(run)))
+    if (count := parameters_of(pipe)) > MOST_PARAMETERS:
+        sys.exit(f"{run} has {count:,} parameters; at most {MOST_PARAMETERS:,} go into the package")
+    shutil.rmtree(folder, ignore_errors=True)
+    if not unguided_budgets(pipe):
+        sys.exit(f"{run} has no tuned plans: `fpdm tune {run}` makes them")
+    pipe.to(torch.float16).save_pretrained(folder)
+    if (size := size_of(folder)) > MOST_BYTES:
+        shutil.rmtree(folder)
+        sys.exit(f"{folder} has {size:,} bytes; at most {MOST_BYTES:,} go into the package")
+
+
+def measure(folder: Path, data: str, out: Path, processes: int) -> None:
+    """Draw from what is stored with each tuned plan."""
+    budgets = unguided_budgets(FixedPointDiTPipeline.from_pretrained(folder))
+    axes = Axes(budgets, (), seeds=(REPORTING,), tuned=True)
+    run_sweep([f"{folder.name}={folder}"], axes, Settings(data, split=SPLIT, num_images=SAMPLES), out, processes)
+
+
+def card(name: str, folder: Path, run: Path, sweep: Path) -> str:
+    """The model card, from what is stored, the run's config and log, and the sweep."""
+    pipe = FixedPointDiTPipeline.from_pretrained(folder)
+    sizes, config = pipe.transformer.config, Config.from_dict(read_json(run / "config.json"))
+    changed = differences(recipe(RECIPE[name]).to_dict(), config.to_dict())
+    training = Training(name, config.run.seed, RECIPE[name], {field: now for field, (_, now) in changed.items()})
+    points = sorted(all_points(sweep), key=lambda point: point["budget"])
+    first = Evaluation.from_dict(points[0]["evaluation"])
     return CARD.format(
         title=f"{name}, a fixed point diffusion model",
         name=name,
@@ -87,20 +110,42 @@ def card(name: str, pipe: FixedPointDiTPipeline, count: int, size: int, result: 
         blocks=f"{sizes.num_pre} + {sizes.num_core} + {sizes.num_post} blocks, those in the middle iterated",
         width=sizes.hidden_size,
         patch=sizes.patch_size,
-        parameters=count,
-        size=size / 1e6,
-        command=training["command"],
-        steps=training["steps"],
-        batch=training["batch_size"],
-        hours=training["seconds"] / 3600,
-        hardware=f"{machine['threads']} thread(s) of {machine['hardware']}",
+        parameters=parameters_of(pipe),
+        size=size_of(folder) / 1e6,
+        command=f"fpdm train {' '.join(training.words)} --data DIR",
+        steps=config.optimizer.steps,
+        batch=config.optimizer.batch_size,
+        hours=seconds_of(run, config) / 3600,
+        hardware=processor(),
         classes=", ".join(pipe.class_names) or str(sizes.num_classes),
-        distance=distance,
-        samples=points[0]["samples"],
-        real=f"the {result['ground']['split']} images",
-        floor=significant(floor),
-        rows="\n".join(rows),
+        distance=first.measures[0].name,
+        samples=first.samples,
+        split=SPLIT,
+        real=first.measures[0].real,
+        rows="\n".join(map(row, points)),
     )
+
+
+def row(point: dict[str, Any]) -> str:
+    measure = Evaluation.from_dict(point["evaluation"]).measures[0]
+    plan = f"{point['plan'].rsplit(', ', 1)[0]}, {point['scheduler']}"
+    return (
+        f"| {point['budget']} | {plan} | {significant(measure.value)} ({significant(measure.low)} to "
+        f"{significant(measure.high)}) |"
+    )
+
+
+def unguided_budgets(pipe: FixedPointDiTPipeline) -> list[int]:
+    """Of its tuned plans."""
+    return sorted(plan.budget for plan in pipe.tuned_plans if plan.guidance_scale == 1)
+
+
+def parameters_of(pipe: FixedPointDiTPipeline) -> int:
+    return sum(weight.numel() for weight in pipe.transformer.parameters())
+
+
+def size_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 if __name__ == "__main__":

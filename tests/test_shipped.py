@@ -11,6 +11,14 @@ from scripts import ship
 
 from fpdm import FixedPointDiTPipeline, files
 from fpdm.cli.main import main
+from fpdm.drawing import load_pipeline
+from fpdm.evaluation.result import significant
+from fpdm.experiments.sweep import all_points
+from fpdm.files import read_json
+from fpdm.machine import processor
+from fpdm.recipes import recipe
+from fpdm.sampling import TunedPlan, add_plans
+from fpdm.weights import digest
 from tests.commands import contents, refusal
 from tests.experiments.sweeps import save_pipeline
 
@@ -58,48 +66,66 @@ def test_its_files_stay_as_they_are(inside, capsys):
     assert contents(inside) == before
 
 
-RESULT = {
-    "real": {"FD-fake": 0.125},
-    "ground": {"split": "test"},
-    "made_with": {"threads": 1, "hardware": "a machine"},
-    "trainings": [{"model": "small", "seed": 0, "command": "fpdm train x --data DATA", "steps": 7, "batch_size": 3,
-                   "seconds": 5400.0}],
-    "points": [
-        {"model": "small", "seed": 0, "best": best, "budget": budget, "plan": f"{budget // 4} timesteps, passes",
-         "scheduler": "unipc", "samples": 5000, "measures": {"FD-fake": [value, value - 1, value + 1]}}
-        for budget, value, best in ((80, 2.5, True), (24, 7.5, True), (24, 6.5, False))
-    ],
-}  # fmt: skip
+def trained(folder, **changes):
+    """A run of the digits as training leaves it, with plans for 8 and 12 block passes."""
+    save_pipeline(folder / "pipeline")
+    plans = [
+        TunedPlan(8, (2, 2), "unipc", "plain", "picard", {}),
+        TunedPlan(12, (1, 1, 1, 1), "ddim", "plain", "picard", {}),
+    ]
+    add_plans(folder / "pipeline", plans)
+    config = recipe("digits").with_fields(steps=100, batch_size=3, log_every=50, **changes)
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    lines = [{"step": step, "images_per_second": 0.5} for step in (50, 100)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"step": 100, "loss": 1.0}]))
+    return folder
 
 
 def shipped(tmp_path, monkeypatch, run, **limits):
-    for name, value in limits.items():
+    settings = {"SAMPLES": 60, "SPLIT": "train", "RECIPE": {"fashion-mnist": "digits"}, "SHIPPED": tmp_path / "shipped"}
+    for name, value in {**settings, **limits}.items():
         monkeypatch.setattr(ship, name, value)
-    monkeypatch.setattr(ship, "SHIPPED", tmp_path / "shipped")
-    (tmp_path / "result.json").write_text(json.dumps(RESULT))
-    words = ["ship", run, "--name", "fashion-mnist", "--result", str(tmp_path / "result.json"), "--model", "small"]
+    words = ["ship", str(run), "--name", "fashion-mnist", "--data", "digits", "--out", str(tmp_path / "sweep")]
     monkeypatch.setattr("sys.argv", words)
     ship.main()
     return tmp_path / "shipped/fashion-mnist"
 
 
-def test_shipping_stores_half_precision_and_a_card_of_the_numbers(tmp_path, monkeypatch):
-    run = save_pipeline(tmp_path / "run")
+def test_shipping_stores_half_precision_and_a_card_of_what_was_measured(tmp_path, monkeypatch):
+    run = trained(tmp_path / "run", warmup=7)
     folder = shipped(tmp_path, monkeypatch, run)
     weights = load_file(folder / "transformer/diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
-    original = FixedPointDiTPipeline.from_pretrained(run).transformer.state_dict()
+    original = FixedPointDiTPipeline.from_pretrained(run / "pipeline").transformer.state_dict()
     assert all(torch.equal(weights[name], original[name].half()) for name in weights)
     card = (folder / "README.md").read_text()
-    assert "| 24 | 6 timesteps, unipc | 7.5 (6.5 to 8.5) |\n| 80 | 20 timesteps, unipc | 2.5 (1.5 to 3.5) |" in card
-    assert "6.5 (5.5" not in card  # which was not the best when plans were chosen
-    for fact in ("MIT", "Apache-2.0", "fpdm train x --data DATA", "7 steps of 3 images", "1.5 hours", "a machine"):
+    points = sorted(all_points(tmp_path / "sweep"), key=lambda point: point["budget"])
+    for point, plan in zip(
+        points, ("2 timesteps x 2 iterations, unipc", "4 timesteps x 1 iteration, ddim"), strict=True
+    ):
+        value = significant(point["evaluation"]["measures"][0]["value"])
+        assert f"| {point['budget']} | {plan} | {value} (" in card
+    for fact in ("MIT", "Apache-2.0", "fpdm train digits --steps 100 --batch-size 3 --warmup 7 --data DIR",
+                 "100 steps of 3 images", "0.2 hours", processor(), "60 samples against the train images"):  # fmt: skip
         assert fact in card
+
+
+def test_what_is_measured_are_the_stored_weights(tmp_path, monkeypatch):
+    folder = shipped(tmp_path, monkeypatch, trained(tmp_path / "run"))
+    digests = set(read_json(tmp_path / "sweep/sweep.json")["models"].values())
+    assert digests == {digest(load_pipeline(str(folder), "cpu", "float32").transformer)}
+
+
+def test_a_model_without_tuned_plans_is_not_shipped(tmp_path, monkeypatch):
+    run = trained(tmp_path / "run")
+    (run / "pipeline/plans.json").unlink()
+    with pytest.raises(SystemExit, match="fpdm tune"):
+        shipped(tmp_path, monkeypatch, run)
 
 
 @pytest.mark.parametrize(("limit", "said"), [("MOST_PARAMETERS", "parameters"), ("MOST_BYTES", "bytes")])
 def test_what_is_too_large_is_not_shipped(limit, said, tmp_path, monkeypatch):
-    run = save_pipeline(tmp_path / "run")
+    run = trained(tmp_path / "run")
     with pytest.raises(SystemExit, match=said):
         shipped(tmp_path, monkeypatch, run, **{limit: 100})
     assert not (tmp_path / "shipped/fashion-mnist").exists()

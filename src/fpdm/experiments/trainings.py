@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fpdm.experiments.table import Training
 from fpdm.files import read_json
-from fpdm.training.config import differences
+from fpdm.training.config import Config, differences
 from fpdm.training.listing import numbers, standing
 
 PAUSE = 1.0  # seconds between looks
@@ -135,12 +135,9 @@ def stop(processes: "list[subprocess.Popen[Any]]") -> None:
 
 
 def written(training: Training, runs: Path) -> dict[str, Any]:
-    """What is kept of a finished training. Its seconds are by the images per second of its log: all parts of the run,
-    but for what they did over again."""
+    """What is kept of a finished training."""
     config = training.config
-    lines = [json.loads(line) for line in (runs / training.name / "log.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "images_per_second" in line]
-    images = config.run.log_every * config.optimizer.batch_size
+    logged = measured_steps(runs / training.name)
     return {
         "model": training.label,
         "seed": training.seed,
@@ -148,8 +145,20 @@ def written(training: Training, runs: Path) -> dict[str, Any]:
         "steps": config.optimizer.steps,
         "batch_size": config.optimizer.batch_size,
         "loss": logged[-1]["loss"] if logged else None,
-        "seconds": round(sum(images / line["images_per_second"] for line in logged), 1),
+        "seconds": seconds_of(runs / training.name, config),
     }
+
+
+def seconds_of(run: Path, config: Config) -> float:
+    """How long a run trained, by the images per second of its log: all its parts, but for what they did over again."""
+    images = config.run.log_every * config.optimizer.batch_size
+    return round(sum(images / line["images_per_second"] for line in measured_steps(run)), 1)
+
+
+def measured_steps(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log that were timed."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "images_per_second" in line]
 
 
 def portable(training: Training) -> Training:
