@@ -100,7 +100,8 @@ def card(name: str, folder: Path, run: Path, sweep: Path) -> str:
     pipe = FixedPointDiTPipeline.from_pretrained(folder)
     sizes, config = pipe.transformer.config, Config.from_dict(read_json(run / "config.json"))
     changed = differences(recipe(RECIPE[name]).to_dict(), config.to_dict())
-    training = Training(name, config.run.seed, RECIPE[name], {field: now for field, (_, now) in changed.items()})
+    changes = {"steps": config.optimizer.steps, **{field: now for field, (_, now) in changed.items()}}
+    training = Training(name, config.run.seed, RECIPE[name], changes)
     points = sorted(all_points(sweep), key=lambda point: point["budget"])
     first = Evaluation.from_dict(points[0]["evaluation"])
     return CARD.format(
