@@ -9,45 +9,48 @@ from fpdm.names import unknown
 
 BUDGETS = (24, 40, 80, 160, 560)
 FEW_BUDGETS = (24, 40, 80, 160)
-ITERATIONS = (1, 2, 3, 6, 12)  # per timestep; among them each model finds its own at each budget
+ITERATIONS = (1, 2, 3, 6)  # per timestep; among them each model finds its own at each budget
 FORMS = {"DDPM": "ddpm", "DDIM": "ddim", "DPM-Solver++": "dpm++", "UniPC": "unipc"}
-BEST = Axes(FEW_BUDGETS, ("unipc", "dpm++"), ITERATIONS)
-PAPER = {"time_in_pre_post": False, "input_skip": False}
+BEST = Axes(FEW_BUDGETS, ("unipc",), ITERATIONS)  # by the main table the best scheduler
+SIX = {"no_grad_max": 6, "with_grad_max": 6}  # groups of K blocks make these divided by K
+PAPER = {"time_in_pre_post": False, "input_skip": False, **SIX}  # it converges slower
 
 FULL, HALF, NEAREST = 8, 4, 3  # depths of the DiTs; the last one's parameters are nearest to FPDM's
 MODELS = {
     "fpdm": Model("FPDM, 1+1+1"),
     "fpdm-paper": Model("FPDM as in the paper", PAPER),
-    "fpdm-k2": Model("FPDM, 1+2+1", {"num_core": 2}),
-    "fpdm-k4": Model("FPDM, 1+4+1", {"num_core": 4}),
+    "fpdm-k2": Model("FPDM, 1+2+1", {"num_core": 2, **SIX}),
+    "fpdm-k4": Model("FPDM, 1+4+1", {"num_core": 4, **SIX}),
     **{f"dit{depth}": Model(f"DiT, {depth} blocks", {"network": "dit", "depth": depth})
        for depth in (NEAREST, HALF, FULL)},
 }  # fmt: skip
 
 METHODS = {
-    "fpdm": Model("S-JFB, N = M = 6"),
-    "jfb": Model("JFB", {"gradient": "jfb"}),
-    "multistep": Model("multi-step JFB, 3 and 3", {"gradient": "multistep", "no_grad_max": 3, "with_grad_max": 3}),
-    "phantom": Model("phantom, 3 and 3", {"gradient": "phantom", "no_grad_max": 3, "with_grad_max": 3}),
-    "implicit": Model("implicit", {"gradient": "implicit"}),
-    "unroll": Model("unrolled", {"gradient": "unroll"}),
+    "fpdm": Model("S-JFB, N = M = 3"),
+    "jfb": Model("JFB, 6 and 1", {"gradient": "jfb", "no_grad_max": 6}),
+    "multistep": Model("multi-step JFB, 3 and 3", {"gradient": "multistep"}),
+    "phantom": Model("phantom, 3 and 3", {"gradient": "phantom"}),
+    "implicit": Model("implicit, after 6", {"gradient": "implicit", "no_grad_max": 6}),
+    "unroll": Model("unrolled, 6", {"gradient": "unroll", "with_grad_max": 6}),
     "exits": Model("S-JFB, exits on the target", {"exit_loss": "target"}),
     "distilled": Model("S-JFB, exits on the final prediction", {"exit_loss": "final"}),
     "warm": Model("S-JFB, half of the steps warm", {"warm_share": 0.5}),
     "exits-warm": Model("S-JFB, exits on the target, half warm", {"exit_loss": "target", "warm_share": 0.5}),
-    "unroll-exits": Model("unrolled, exits on the target", {"gradient": "unroll", "exit_loss": "target"}),
-    "m1": Model("S-JFB, M = 1", {"with_grad_max": 1}),
-    "m3": Model("S-JFB, M = 3", {"with_grad_max": 3}),
-    "m12": Model("S-JFB, M = 12", {"with_grad_max": 12}),
-    "n3-m3": Model("S-JFB, N = M = 3", {"no_grad_max": 3, "with_grad_max": 3}),
-    "n0-m6": Model("S-JFB, N = 0", {"no_grad_max": 0}),
+    "unroll-exits": Model(
+        "unrolled, 6, exits on the target", {"gradient": "unroll", "with_grad_max": 6, "exit_loss": "target"}
+    ),
+    "m1": Model("S-JFB, N = 3, M = 1", {"with_grad_max": 1}),
+    "m6": Model("S-JFB, N = 3, M = 6", {"with_grad_max": 6}),
+    "m12": Model("S-JFB, N = 3, M = 12", {"with_grad_max": 12}),
+    "n0-m6": Model("S-JFB, N = 0, M = 6", {"no_grad_max": 0, "with_grad_max": 6}),
+    "n6-m6": Model("S-JFB, N = M = 6", SIX),
 }
 
 FORM = {
     "fpdm-paper": Model("as in the paper", PAPER),
-    "time": Model("+ time in pre and post", {"input_skip": False}),
-    "skip": Model("+ skip", {"time_in_pre_post": False}),
-    "fpdm": Model("+ both"),
+    "time": Model("+ time in pre and post", {**PAPER, "time_in_pre_post": True}),
+    "skip": Model("+ skip", {**PAPER, "input_skip": True}),
+    "n6-m6": Model("+ both", SIX),
 }
 
 DEPTHS = {
@@ -56,9 +59,10 @@ DEPTHS = {
        for pre, post in ((2, 1), (1, 2), (2, 2), (4, 4))},
 }  # fmt: skip
 
+SMOOTHED = (*ITERATIONS, 12)
 SPENDING = {
-    **{f"{n} iterations, no reuse": Axes(FEW_BUDGETS, ("dpm++",), (n,), reuses=("none",)) for n in ITERATIONS},
-    **{f"{n} iterations": Axes(FEW_BUDGETS, ("dpm++",), (n,)) for n in ITERATIONS},
+    **{f"{n} iterations, no reuse": Axes(FEW_BUDGETS, ("dpm++",), (n,), reuses=("none",)) for n in SMOOTHED},
+    **{f"{n} iterations": Axes(FEW_BUDGETS, ("dpm++",), (n,)) for n in SMOOTHED},
     "linear forecast": Axes(FEW_BUDGETS, ("dpm++",), ITERATIONS, reuses=("linear",)),
     **{f"{name} allocation": Axes(FEW_BUDGETS, ("dpm++",), ITERATIONS, allocations=(f"linear:{slope}",))
        for name, slope in (("rising", 1), ("falling", -1))},
@@ -67,7 +71,7 @@ SPENDING = {
     "tuned": Axes(FEW_BUDGETS, ("dpm++", "unipc"), tuned=True),
 }  # fmt: skip
 
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 24, 48)  # training makes 1 to 12, as many without as with gradient
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 24, 48)  # training makes 1 to 6, or 1 to 12
 AT_20 = {f"{n} iterations": Axes((20 * (2 + n),), ("dpm++",), (n,)) for n in LENGTHS}  # 20 timesteps each
 
 TABLES = {
@@ -100,7 +104,7 @@ GROUNDS = {
     ),
     "cifar10": Ground(
         "cifar10",
-        {"steps": 20_000, "no_grad_max": 6, "with_grad_max": 6},
+        {"steps": 20_000, "no_grad_max": 3, "with_grad_max": 3},
         data="an image folder, one folder per class",
     ),
 }
