@@ -73,3 +73,12 @@ def test_fine_tuning_refuses_what_is_no_model(tmp_path):
     with pytest.raises(ValueError, match="not a model folder"):
         fields_of(str(tmp_path))
     assert fields_of("organisation/model") == {}
+
+
+def test_settings_of_fixed_points_do_not_tell_runs_of_explicit_networks_apart():
+    explicit = {"network": "dit", "depth": 2, "hidden_size": 64, "num_heads": 2, "model": None}
+    old, new = (Config().with_fields(**explicit, no_grad_max=n).to_dict() for n in (3, 6))
+    assert differences(old, new) == {}
+    assert differences({**old, "model": {**old["model"], "depth": 3}}, new) == {"depth": (3, 2)}
+    looped = Config().with_fields(hidden_size=64, num_heads=2, model=None).to_dict()
+    assert {"network", "no_grad_max"} <= set(differences(looped, new))

@@ -167,8 +167,8 @@ CHANGEABLE = {
 
 # Settings of fixed point networks, and of how they are trained.
 FIXED_POINT_ONLY = (
-    "num_pre", "num_core", "num_post", "time_in_pre_post", "input_skip", "gradient", "damping", "tolerance",
-    "exit_loss", "exit_weight", "warm_share",
+    "num_pre", "num_core", "num_post", "time_in_pre_post", "input_skip", "gradient", "no_grad_max",
+    "with_grad_max", "damping", "tolerance", "exit_loss", "exit_weight", "warm_share",
 )  # fmt: skip
 
 
@@ -216,10 +216,12 @@ def value_type(cls: type, name: str) -> type:
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Fields whose change makes another run: name -> (before, now). One that an older version did not have was what
-    it is by default."""
+    it is by default. Those that say nothing of an explicit network are not compared between two of them."""
+    explicit = old.get("model", {}).get("network") == new["model"]["network"] == "dit"
     return {
         name: (was, new[group][name])
         for group, name in field_names()
         if name not in CHANGEABLE
+        and not (explicit and name in FIXED_POINT_ONLY)
         and (was := old.get(group, {}).get(name, getattr(groups()[group](), name))) != new[group][name]
     }
