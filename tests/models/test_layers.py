@@ -101,7 +101,7 @@ def test_attention_is_the_textbook_one():
     for head in (slice(0, 4), slice(4, 8)):
         scores = q[..., head] @ k[..., head].transpose(1, 2) / math.sqrt(4)
         heads.append(scores.softmax(-1) @ v[..., head])
-    torch.testing.assert_close(attention(x), attention.proj(torch.cat(heads, -1)))
+    torch.testing.assert_close(attention(attention.qkv(x)), attention.proj(torch.cat(heads, -1)))
 
 
 def test_a_block_is_adaln_zero():
@@ -110,7 +110,7 @@ def test_a_block_is_adaln_zero():
     for i in range(2):  # shift, scale and gate of attention, then of the MLP, as vectors of one sample
         shift1, scale1, gate1, shift2, scale2, gate2 = (block.adaln.weight @ c[i] + block.adaln.bias).split(8)
         z = x[i]
-        z = z + gate1 * block.attn((F.layer_norm(z, (8,), eps=1e-6) * (1 + scale1) + shift1)[None])[0]
+        z = z + gate1 * block.attn(block.attn.qkv((F.layer_norm(z, (8,), eps=1e-6) * (1 + scale1) + shift1)[None]))[0]
         h = F.layer_norm(z, (8,), eps=1e-6) * (1 + scale2) + shift2
         h = F.gelu(h @ block.mlp.fc1.weight.T + block.mlp.fc1.bias, approximate="tanh")
         wanted[i] = z + gate2 * (h @ block.mlp.fc2.weight.T + block.mlp.fc2.bias)

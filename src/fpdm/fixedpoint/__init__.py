@@ -9,6 +9,7 @@ from fpdm.fixedpoint.gradients import (
     Unroll,
 )
 from fpdm.fixedpoint.implicit import Implicit
+from fpdm.fixedpoint.products import only_of_inputs
 from fpdm.fixedpoint.solve import Solution, Status, relative_residual, solve
 from fpdm.fixedpoint.solvers import Anderson, Broyden, Picard, Solver
 from fpdm.fixedpoint.spec import Solve
@@ -35,6 +36,7 @@ __all__ = [
     "Unroll",
     "check_tolerance",
     "detach",
+    "only_of_inputs",
     "relative_residual",
     "select",
     "solve",

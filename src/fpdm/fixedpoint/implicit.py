@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fpdm.fixedpoint.gradients import two_phases
+from fpdm.fixedpoint.products import without_parameters
 from fpdm.fixedpoint.solve import Function, Solution, solve
 from fpdm.fixedpoint.solvers import Anderson, Picard, Solver
 from fpdm.fixedpoint.stopping import FixedIterations, Stopping, Tolerance
@@ -64,7 +65,8 @@ class Implicit:
         def moved(g: Tensor, places: Tensor) -> Tensor:
             """v + J^T g of the samples at `places`: the graph is of the whole batch, so the others go along as 0."""
             whole = torch.zeros_like(fz).index_copy(0, places, g.to(fz.dtype))
-            (product,) = torch.autograd.grad(fz, z, whole, retain_graph=True)
+            with without_parameters():
+                (product,) = torch.autograd.grad(fz, z, whole, retain_graph=True)
             return v[places] + product.to(v.dtype)[places]
 
         with torch.no_grad():

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fpdm.models.fused import gated, gelu_linear, norm_linear
+
 Modulation = tuple[Tensor, ...]
 
 
@@ -67,23 +69,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
+    def forward(self, qkv: Tensor) -> Tensor:
+        """From `qkv` (B, N, 3D), what the linear layer of that name makes of the tokens."""
+        batch, tokens, width = *qkv.shape[:2], qkv.shape[2] // 3
+        q, k, v = qkv.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
 
 
 class Mlp(nn.Module):
-    """Linear, tanh-approximated GELU, linear."""
+    """The two linear layers of an MLP, which `gelu_linear` applies with GELU between them."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
         self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -94,9 +93,7 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaln = nn.Linear(width, 6 * width)
 
@@ -106,8 +103,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        x = gated(x, gate1, self.attn(norm_linear(x, shift1, scale1, self.attn.qkv)))
+        return gated(x, gate2, gelu_linear(norm_linear(x, shift2, scale2, self.mlp.fc1), self.mlp.fc2))
 
 
 class FinalLayer(nn.Module):
@@ -115,17 +112,12 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, patch_size: int, channels: int):
         super().__init__()
-        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.adaln = nn.Linear(width, 2 * width)
         self.linear = nn.Linear(width, patch_size * patch_size * channels)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaln(c).unsqueeze(1).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+        return norm_linear(x, shift, scale, self.linear)
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:

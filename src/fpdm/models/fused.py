@@ -1,0 +1,151 @@
+"""What transformer blocks are made of, with fewer passes over memory and less kept for the backward pass.
+
+    x                    tokens (B, N, D)
+    shift, scale, gate   (B, 1, D)
+
+Each function equals a few plain ones of `torch.nn.functional`. Their backward passes compute again, element by element,
+what those would have stored: normalised and modulated tokens, and the activations of an MLP.
+
+A layer that is more than a plain `nn.Linear` (quantised, adapted as by LoRA, hooked) is called as it is. So are all of
+them while torch.compile traces, which fuses in its own way.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fpdm.fixedpoint import only_of_inputs
+
+EPS = 1e-6
+# GELU's tanh form is x sigmoid(x (SLOPE + CUBIC x^2)), as tanh(v) = 2 sigmoid(2 v) - 1. On a CPU torch's sigmoid takes
+# a sixth of the time of its tanh.
+SLOPE = 2 * math.sqrt(2 / math.pi)
+CUBIC = 0.044715 * SLOPE
+
+
+def norm_linear(x: Tensor, shift: Tensor, scale: Tensor, layer: nn.Module) -> Tensor:
+    """`layer` of the normalised and modulated tokens, LayerNorm(x) (1 + scale) + shift."""
+    if torch.is_grad_enabled() and is_plain(layer):
+        return _NormLinear.apply(x, shift, scale, layer.weight, layer.bias)  # type: ignore[no-any-return]
+    normalised = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    return layer(modulated(normalised, shift, scale))  # type: ignore[no-any-return]
+
+
+def gelu_linear(x: Tensor, layer: nn.Module) -> Tensor:
+    """`layer` of GELU(x), in its tanh form."""
+    if torch.is_grad_enabled() and is_plain(layer):
+        return _GeluLinear.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
+    return layer(gelu(x))  # type: ignore[no-any-return]
+
+
+def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate branch, as precise as x."""
+    return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))
+
+
+def modulated(normalised: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """normalised (1 + scale) + shift, as precise as what is normalised."""
+    dtype = normalised.dtype
+    return torch.addcmul(shift.to(dtype), normalised, 1 + scale.to(dtype))
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form."""
+    if torch.is_grad_enabled() or not tanh_is_slow(x):
+        return F.gelu(x, approximate="tanh")
+    return _gate_of(x).mul_(x)
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Whether to call `layer` is to apply its weights, and nothing else."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in vars(layer)  # where accelerate puts its hooks
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def tanh_is_slow(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        normalised, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
+        ctx.save_for_backward(x, mean, rstd, shift, scale, weight, bias)
+        return F.linear(modulated(normalised, shift, scale), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, shift, scale, weight, bias = ctx.saved_tensors
+        for_x, for_shift, for_scale, for_weight, for_bias = wanted(ctx, inputs=3)
+        normalised = (x - mean).mul_(rstd).to(x.dtype)
+        of_weight = _of_weight(grad, modulated(normalised, shift, scale), weight) if for_weight else None
+        of_bias = _of_bias(grad, bias) if for_bias else None
+        inner = torch.matmul(grad, weight.to(grad.dtype)).to(x.dtype)
+        of_shift = inner.sum(1, keepdim=True).to(shift.dtype) if for_shift else None
+        of_scale = (inner * normalised).sum(1, keepdim=True).to(scale.dtype) if for_scale else None
+        of_x = _of_normalised(inner.mul_(1 + scale.to(x.dtype)), x, mean, rstd) if for_x else None
+        return of_x, of_shift, of_scale, of_weight, of_bias
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return F.linear(gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        for_x, for_weight, for_bias = wanted(ctx, inputs=1)
+        gate = _gate_of(x) if tanh_is_slow(x) else None
+        activation = gelu(x) if gate is None else gate * x
+        of_weight = _of_weight(grad, activation.to(grad.dtype), weight) if for_weight else None
+        of_bias = _of_bias(grad, bias) if for_bias else None
+        of_x = None
+        if for_x:
+            of_x = torch.matmul(grad, weight.to(grad.dtype)).to(x.dtype)
+            of_x = _of_gelu(of_x, x) if gate is None else of_x.mul_(_slope(x, gate, activation))
+        return of_x, of_weight, of_bias
+
+
+def wanted(ctx: Any, inputs: int) -> list[bool]:
+    """Of which arguments gradients are to be computed; the first ones are inputs, the others parameters."""
+    return [need and (i < inputs or not only_of_inputs()) for i, need in enumerate(ctx.needs_input_grad)]
+
+
+def _gate_of(x: Tensor) -> Tensor:
+    """What GELU(x) is x times of."""
+    return torch.addcmul(x.new_full((), SLOPE), x, x, value=CUBIC).mul_(x).sigmoid_()
+
+
+def _slope(x: Tensor, gate: Tensor, activation: Tensor) -> Tensor:
+    """GELU'(x) = gate + x gate (1 - gate) (SLOPE + 3 CUBIC x^2). `activation` is x gate."""
+    slope = torch.addcmul(x.new_full((), SLOPE), x, x, value=3 * CUBIC).mul_(activation)
+    return slope.addcmul_(slope, gate, value=-1).add_(gate)
+
+
+def _of_gelu(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh")  # type: ignore[no-any-return]
+
+
+def _of_normalised(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    mask = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, None, None, mask)[0]  # type: ignore[no-any-return]
+
+
+def _of_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return (grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+
+
+def _of_bias(grad: Tensor, bias: Tensor) -> Tensor:
+    return grad.flatten(0, -2).sum(0).to(bias.dtype)
