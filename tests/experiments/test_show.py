@@ -65,10 +65,17 @@ def test_the_table_of_a_single_model_has_a_row_per_way():
     points = [point("fpdm", "DDIM", 24, 2.0), point("fpdm", "DDIM", 24, 4.0, 1), point("fpdm", "UniPC", 24, 2.5)]
     alone = result_of(points, models={"fpdm": "FPDM"})
     assert cells(markdown(alone))[2:] == [
-        ["DDIM", "3 (2 to 4)", ""],
-        ["UniPC", "**2.5**", ""],
-        ["real images", "0.125", "0.125"],
+        ["DDIM", "3 (2 to 4)"],
+        ["UniPC", "**2.5**"],
+        ["real images", "0.125"],
     ]
+
+
+def test_ways_and_budgets_that_nothing_has_been_measured_of_are_left_out(result, tmp_path):
+    part = {**result, "points": [p for p in result["points"] if (p["way"], p["budget"]) == ("UniPC", 24)]}
+    part["points"][0]["best"] = True
+    assert cells(markdown(part))[0] == ["block passes", "24"]
+    assert "## " not in write_page(part, tmp_path).read_text()
 
 
 def test_equal_means_are_both_bold_and_order_does_not_matter(result):

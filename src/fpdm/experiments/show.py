@@ -12,6 +12,12 @@ from fpdm.files import write_aside
 Row = dict[str, Any]
 
 
+def reached(result: Row, name: str) -> list[Any]:
+    """Of the table's "ways" or "budgets" those that anything has been measured of, so far; all, as long as none has."""
+    there = {point[name.removesuffix("s")] for point in result["points"]}
+    return [value for value in result[name] if value in there] or list(result[name])
+
+
 def markdown(result: Row, way: str | None = None) -> str:
     """The Frechet distance by model (or by way, where there is but one model) and budget: over trainings the mean, and
     the smallest and largest. The lowest mean at each budget is bold.
@@ -33,7 +39,7 @@ def as_text(result: Row) -> str:
 
 
 def table_rows(result: Row, way: str | None) -> tuple[list[str], list[list[str]]]:
-    budgets, lines = result["budgets"], list(lines_of(result, way))
+    budgets, lines = reached(result, "budgets"), list(lines_of(result, way))
     means = [{b: mean(values[b]) for b in budgets if values.get(b)} for _, _, values in lines]
     least = {b: min((m[b] for m in means if b in m), default=None) for b in budgets}
     rows = []
@@ -59,7 +65,7 @@ def lines_of(result: Row, way: str | None) -> Iterator[tuple[str, str, dict[int,
     """Label, name and distances by budget of each line of a table: one per model, or one per way."""
     models = {row["model"] for row in result["points"]}
     if way is None and len(result["models"]) == 1:
-        for name in result["ways"]:
+        for name in reached(result, "ways"):
             yield name, name, values_of(p for p in result["points"] if p["way"] == name)
         return
     for label, title in result["models"].items():
@@ -91,7 +97,7 @@ def plot(result: Row, path: Path) -> None:
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    ways = result["ways"] if len(result["models"]) > 1 else [None]
+    ways = reached(result, "ways") if len(result["models"]) > 1 else [None]
     figure, axes = plt.subplots(
         1, len(ways), figsize=(1.6 + 4.4 * max(len(ways), 1.4), 4.6), layout="constrained", sharey=True, squeeze=False
     )
@@ -113,7 +119,7 @@ def plot(result: Row, path: Path) -> None:
             xlabel="block passes per image",
             title=way if len(ways) > 1 else result["question"],
         )
-        axis.set_xticks(result["budgets"], [str(budget) for budget in result["budgets"]])
+        axis.set_xticks(budgets := reached(result, "budgets"), list(map(str, budgets)))
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.minorticks_off()
@@ -128,8 +134,8 @@ def write_page(result: Row, out: Path) -> Path:
     """Write OUT/table.md, and OUT/plot.png which it shows."""
     plot(result, out / "plot.png")
     parts = [f"# {result['question']}", markdown(result), "![quality against budget](plot.png)"]
-    if len(result["models"]) > 1 and len(result["ways"]) > 1:
-        parts += [f"## {way}\n\n{markdown(result, way)}" for way in result["ways"]]
+    if len(result["models"]) > 1 and len(ways := reached(result, "ways")) > 1:
+        parts += [f"## {way}\n\n{markdown(result, way)}" for way in ways]
     path = out / "table.md"
     write_aside(path, lambda aside: aside.write_text("\n\n".join(parts) + "\n", "utf-8"))
     return path

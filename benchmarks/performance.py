@@ -1,0 +1,195 @@
+"""What sampling and training take, beside the textbook form, diffusers, and the machine's own ceiling.
+
+    python benchmarks/performance.py [PART ...] --out FOLDER     writes FOLDER/performance.json, adds parts to it
+
+Parts, all by default: sampling, block, training, start. Opponents run in the same process, in turns with ours (see
+harness.py): the textbook form (textbook.py), and diffusers' DiTTransformer2DModel at the same width. The ceiling is a
+float32 linear layer, 384 to 1536, at the rows of the network, one of those that take turns. Operations are two per
+multiply-add of linear layers and attention. The network has size S/2 and the paper's form: 384 wide, 6 heads, 256
+tokens.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import ROUNDS, bandwidth, compare
+from memory import allocated
+from textbook import Textbook
+from torch import Tensor
+
+from fpdm import FixedPointDiTPipeline
+from fpdm.diffusion import make_schedule
+from fpdm.files import read_json, write_json
+from fpdm.fixedpoint import MultiStepJacobianFree, Solve
+from fpdm.machine import made_with
+from fpdm.models import FixedPointDiT
+from fpdm.sampling import operations_of
+
+BATCHES, ITERATIONS = (8, 1), 10
+NO_GRAD, WITH_GRAD = 10, 12
+Row = dict[str, Any]
+
+
+def network() -> FixedPointDiT:
+    """Of size S/2, its weights such that nothing is zero and iterations converge."""
+    torch.manual_seed(0)
+    model = FixedPointDiT.from_preset("S/2", num_classes=1000, sample_size=32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return model
+
+
+def batch_of(size: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(size, 4, 32, 32, generator=g), torch.full((size,), 500.0), torch.arange(size)
+
+
+@torch.no_grad()
+def sampling() -> list[Row]:
+    """Calls of the network with ten iterations each."""
+    model, rows = network().eval(), []
+    plain = Textbook(model).eval()
+    for size in BATCHES:
+        x, t, y = batch_of(size)
+        error = (model(x, t, y, iterations=ITERATIONS).sample - plain(x, t, y, ITERATIONS)).abs().max().item()
+        tokens, weight = torch.randn(size * 256, 384), torch.randn(1536, 384)
+        ways: dict[str, Callable[[], Any]] = {
+            "textbook": partial(plain, x, t, y, ITERATIONS),
+            "ours": partial(model, x, t, y, iterations=ITERATIONS),
+            "linear": lambda tokens=tokens, weight=weight: [F.linear(tokens, weight) for _ in range(10)],
+        }
+        timings = compare(ways)
+        operations = size * (operations_of(model).fixed + ITERATIONS * operations_of(model).per_iteration)
+        rate = 10 * 2 * tokens.numel() * 1536 / timings["linear"].seconds
+        rows.append({
+            "batch": size,
+            "error": error,
+            **asdict(timings["ours"]),
+            "operations": operations,
+            "rate": rate,
+            "share of the matrix rate": operations / timings["ours"].seconds / rate,
+        })  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def block() -> list[Row]:
+    """One fixed point iteration, and one block of diffusers' DiT: how many times the seconds of the latter."""
+    from diffusers import DiTTransformer2DModel
+
+    model, rows = network().eval(), []
+    other = DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=1, sample_size=32
+    ).eval()
+    for size in BATCHES:
+        x, t, y = batch_of(size)
+        tokens, time, label = model._embed(x, t, y)
+        context, z = model.core.prepare(tokens, F.silu(time + label)), torch.randn_like(tokens)
+        timings = compare({
+            "diffusers": lambda z=z, t=t, y=y: other.transformer_blocks[0](z, timestep=t.long(), class_labels=y),
+            "ours": lambda z=z, context=context: model.core.step(z, context),
+        }, 3 * ROUNDS)  # fmt: skip
+        rows.append({"batch": size, **asdict(timings["ours"])})
+    return rows
+
+
+def training() -> list[Row]:
+    """A forward and backward pass with the most iterations of N = 10 and M = 12, and the memory at its peak."""
+    model = network()
+    plain = Textbook(model)
+    solve = Solve(gradient=MultiStepJacobianFree(NO_GRAD, WITH_GRAD))
+    x, t, y = batch_of(8)
+
+    def ours() -> None:
+        model.zero_grad()
+        model(x, t, y, solve=solve).sample.square().mean().backward()
+
+    def textbook() -> None:
+        plain.zero_grad()
+        plain(x, t, y, NO_GRAD + WITH_GRAD, WITH_GRAD).square().mean().backward()
+
+    timing = compare({"textbook": textbook, "ours": ours}, 5)["ours"]
+    norms = [torch.stack([p.grad.norm() for p in m.parameters() if p.grad is not None]).norm() for m in (model, plain)]
+    peaks = {}
+    for name, step, m in (("ours", ours, model), ("textbook", textbook, plain)):
+        m.zero_grad()
+        peaks[name] = allocated(step)
+    return [{"batch": 8, **asdict(timing), "error": abs(1 - (norms[0] / norms[1]).item()), "peaks": peaks,
+             "memory": peaks["ours"] / peaks["textbook"]}]  # fmt: skip
+
+
+ITERATE = """
+import os, fpdm.models.fixed_point_dit as network
+network.FixedPointCore.step = lambda *_: os._exit(0)
+from fpdm.cli.main import main
+main(["sample", {model!r}, "--budget", "3", "--num-images", "1", "--device", "cpu", "--out", {out!r}])
+"""
+IMPORT = "import torch; from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin"
+
+
+def start() -> list[Row]:
+    """Processes from their start to the first iteration of `fpdm sample`, and such as import its libraries only."""
+    with TemporaryDirectory() as folder:
+        model = FixedPointDiT(sample_size=8, in_channels=1, hidden_size=96, num_heads=4, num_classes=10)
+        FixedPointDiTPipeline(model, make_schedule()).save_pretrained(f"{folder}/model")
+        words = ITERATE.format(model=f"{folder}/model", out=f"{folder}/out")
+
+        def process(program: str) -> None:
+            subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+        timings = compare({"imports": partial(process, IMPORT), "sample": partial(process, words)}, 5)
+    beyond = timings["sample"].seconds - timings["imports"].seconds
+    return [{"imports": timings["imports"].seconds, "sample": timings["sample"].seconds, "beyond": beyond}]
+
+
+PARTS: dict[str, Callable[[], list[Row]]] = {
+    "sampling": sampling, "block": block, "training": training, "start": start
+}  # fmt: skip
+# Of a part: the number that is held against a bar, the bar, and whether more is better.
+BARS = {
+    "sampling": [("ratio", 1.3, True), ("share of the matrix rate", 0.75, True), ("error", 1e-4, False)],
+    "block": [("ratio", 1 / 1.15, True)],
+    "training": [("ratio", 1.25, True), ("memory", 0.6, False)],
+    "start": [("beyond", 1.5, False)],
+}
+
+
+def tell(part: str, rows: list[Row]) -> None:
+    for row in rows:
+        for name, bar, more in BARS[part]:
+            held = row[name] >= bar if more else row[name] <= bar
+            spread = f" ({row['low']:.2f} to {row['high']:.2f})" if name == "ratio" else ""
+            where = f", batch {row['batch']}" if "batch" in row else ""
+            limit = f"at {'least' if more else 'most'} {bar:.3g}"
+            print(f"{part + where:22} {name:26} {row[name]:8.3g}{spread:16} {limit:14} {'holds' if held else 'FAILS'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
+    parser.add_argument("--out", required=True, type=Path)
+    options = parser.parse_args()
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"unknown part {min(unknown)}; there are {', '.join(PARTS)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "performance.json"
+    result = read_json(path) if path.is_file() else {"parts": {}}
+    for part in options.parts or PARTS:
+        rows = PARTS[part]()
+        result["parts"][part] = {"rows": rows, "made_with": made_with("cpu"), "bandwidth": bandwidth()}
+        write_json(path, result)
+        tell(part, rows)
+
+
+if __name__ == "__main__":
+    main()
