@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fpdm.fixedpoint import FixedIterations, Solve
 from fpdm.models.denoiser import Denoiser, Output, condition
-from fpdm.models.fused import gelu_linear
+from fpdm.models.fused import gelu_linear, linear
 from fpdm.models.layers import Block, Modulation
 
 
@@ -54,7 +54,7 @@ class FixedPointCore(nn.Module):
     def step(self, z: Tensor, context: Context) -> Tensor:
         """One application of f to `z` (B, N, D)."""
         # As precise as it came: under autocast z is float32, and blocks add to it as an explicit network's do.
-        z = gelu_linear(self.inject_z(z) + context.injected, self.inject_out).to(z.dtype)
+        z = gelu_linear(linear(z, self.inject_z) + context.injected, self.inject_out).to(z.dtype)
         if context.skip is not None:
             z = z + context.skip
         for block, modulation in zip(self.blocks, context.modulations, strict=True):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpdm.models.fused import gated, gelu_linear, norm_linear
+from fpdm.models.fused import gated, gelu_linear, linear, norm_linear
 
 Modulation = tuple[Tensor, ...]
 
@@ -73,7 +73,7 @@ class Attention(nn.Module):
         """From `qkv` (B, N, 3D), what the linear layer of that name makes of the tokens."""
         batch, tokens, width = *qkv.shape[:2], qkv.shape[2] // 3
         q, k, v = qkv.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (B, heads, N, D/heads)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
+        return linear(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width), self.proj)
 
 
 class Mlp(nn.Module):
