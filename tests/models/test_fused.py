@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fpdm.fixedpoint.products import without_parameters
-from fpdm.models.fused import gated, gelu, gelu_linear, norm_linear
+from fpdm.models.fused import gated, gelu, gelu_linear, linear, norm_linear
 
 WIDTH, OUT = 8, 12
 
@@ -18,7 +19,7 @@ def inputs(dtype=torch.float64, batch=3, tokens=5):
     return x.requires_grad_(), shift.requires_grad_(), scale.requires_grad_()
 
 
-def linear(dtype=torch.float64, bias=True):
+def linear_layer(dtype=torch.float64, bias=True):
     torch.manual_seed(1)
     return nn.Linear(WIDTH, OUT, bias=bias, dtype=dtype)
 
@@ -48,7 +49,7 @@ def outcome(function, arguments, layer):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("lean", "plain", "count"), PAIRS)
 def test_values_and_gradients_are_those_of_the_plain_functions(lean, plain, count, bias):
-    arguments, layer = inputs()[:count], linear(bias=bias)
+    arguments, layer = inputs()[:count], linear_layer(bias=bias)
     (value, gradients), (expected, wanted) = outcome(lean, arguments, layer), outcome(plain, arguments, layer)
     torch.testing.assert_close(value, expected)
     assert len(gradients) == count + 1 + bias
@@ -58,7 +59,7 @@ def test_values_and_gradients_are_those_of_the_plain_functions(lean, plain, coun
 
 @pytest.mark.parametrize(("lean", "plain", "count"), PAIRS)
 def test_derivatives_are_those_of_differences(lean, plain, count):
-    arguments, layer = inputs(batch=2, tokens=3)[:count], linear()
+    arguments, layer = inputs(batch=2, tokens=3)[:count], linear_layer()
     assert torch.autograd.gradcheck(lambda *a: lean(*a[:count], layer), (*arguments, *layer.parameters()))
 
 
@@ -66,7 +67,7 @@ def test_derivatives_are_those_of_differences(lean, plain, count):
 def test_what_needs_no_gradient_gets_none_and_the_others_the_same(lean, plain, count):
     """Each argument or parameter in turn."""
     for frozen in range(count + 2):
-        arguments, layer = inputs()[:count], linear()
+        arguments, layer = inputs()[:count], linear_layer()
         [*arguments, *layer.parameters()][frozen].requires_grad_(False)
         found, wanted = (outcome(function, arguments, layer)[1] for function in (lean, plain))
         for gradient, right in zip(found, wanted, strict=True):
@@ -76,9 +77,9 @@ def test_what_needs_no_gradient_gets_none_and_the_others_the_same(lean, plain, c
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("lean", "plain", "count"), PAIRS)
 def test_single_and_half_precision(lean, plain, count, dtype):
-    arguments, layer = inputs(dtype)[:count], linear(dtype)
-    exact = outcome(plain, [t.detach().double().requires_grad_() for t in arguments], linear().requires_grad_())
-    layer.load_state_dict({name: value.to(dtype) for name, value in linear().state_dict().items()})
+    arguments, layer = inputs(dtype)[:count], linear_layer(dtype)
+    exact = outcome(plain, [t.detach().double().requires_grad_() for t in arguments], linear_layer().requires_grad_())
+    layer.load_state_dict({name: value.to(dtype) for name, value in linear_layer().state_dict().items()})
     value, gradients = outcome(lean, arguments, layer)
     tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.3}
     for found, right in zip((value, *gradients), (exact[0], *exact[1]), strict=True):
@@ -88,7 +89,7 @@ def test_single_and_half_precision(lean, plain, count, dtype):
 
 @pytest.mark.parametrize(("lean", "plain", "count"), PAIRS)
 def test_under_autocast_gradients_of_parameters_are_float32(lean, plain, count):
-    arguments, layer = inputs(torch.float32)[:count], linear(torch.float32)
+    arguments, layer = inputs(torch.float32)[:count], linear_layer(torch.float32)
     found = []
     for function in (lean, plain):
         with torch.autocast("cpu", torch.bfloat16):
@@ -141,8 +142,8 @@ def doubled_in_place(layer):
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize(("lean", "plain", "count"), PAIRS)
 def test_layers_that_are_more_than_their_weights_are_called(lean, plain, count, grad, change):
-    arguments, layer = inputs()[:count], linear()
-    changed = change(linear())
+    arguments, layer = inputs()[:count], linear_layer()
+    changed = change(linear_layer())
     changed.load_state_dict(layer.state_dict())
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(lean(*arguments, changed), 2 * plain(*arguments, layer))
@@ -164,7 +165,7 @@ def stored(run):
 
 def test_neither_modulated_tokens_nor_activations_are_stored():
     x, shift, scale = inputs(batch=4, tokens=100)
-    layer, tokens = linear(), 4 * 100
+    layer, tokens = linear_layer(), 4 * 100
     weights = sum(p.numel() for p in layer.parameters()) + shift.numel() + scale.numel()
     assert stored(lambda: norm_linear(x, shift, scale, layer)) <= tokens * (WIDTH + 2) + weights
     assert stored(lambda: gelu_linear(x, layer)) <= tokens * WIDTH + weights
@@ -174,7 +175,7 @@ def test_neither_modulated_tokens_nor_activations_are_stored():
 
 @pytest.mark.parametrize(("lean", "plain", "count"), PAIRS)
 def test_products_with_the_jacobian_leave_parameters_out(lean, plain, count):
-    arguments, layer = inputs()[:count], linear()
+    arguments, layer = inputs()[:count], linear_layer()
     value = lean(*arguments, layer)
     with without_parameters():
         found = torch.autograd.grad(
@@ -190,6 +191,17 @@ def test_products_with_the_jacobian_leave_parameters_out(lean, plain, count):
 
 def test_second_derivatives_are_refused_rather_than_wrong():
     x, *_ = inputs()
-    (gradient,) = torch.autograd.grad(gelu_linear(x, linear()).square().sum(), x, create_graph=True)
+    (gradient,) = torch.autograd.grad(gelu_linear(x, linear_layer()).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+def test_without_gradient_products_of_float32_are_the_same_and_counted(monkeypatch):
+    x, layer = torch.randn(2, 3, WIDTH), linear_layer(torch.float32)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        torch.testing.assert_close(linear(x, layer), layer(x), rtol=1e-5, atol=1e-6)
+    assert counter.get_total_flops() == 2 * (2 * x.numel() * OUT)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with torch.no_grad():
+        assert torch.equal(linear(x, layer), layer(x))
+        assert linear(x[:0], layer).shape == (0, 3, OUT)

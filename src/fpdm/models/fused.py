@@ -14,12 +14,14 @@ them while torch.compile traces, which fuses in its own way.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
 
 from fpdm.fixedpoint import only_of_inputs
 
@@ -57,6 +59,15 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of oneDNN's product of tensors of these shapes."""
+    return 2 * math.prod(x) * weight[0]
+
+
+if torch.backends.mkldnn.is_available():  # not in every build
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(operations)  # which torch's counter does not know
 
 
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
