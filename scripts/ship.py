@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fpdm.evaluation import Evaluation
 from fpdm.evaluation.result import significant
 from fpdm.experiments.experiment import REPORTING
@@ -34,6 +32,11 @@ RECIPE = {"fashion-mnist": "fashion_mnist"}
 DATA = {
     "fashion-mnist": "Fashion-MNIST (Zalando Research; MIT licence): the 60,000 training images, 28 x 28 pixels, grey",
 }
+CLASSES = {
+    "fashion-mnist": [
+        "t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"
+    ],
+}  # fmt: skip
 CARD = """# {title}
 
 A fixed point diffusion model: a diffusion transformer whose middle is one implicit layer, solved by fixed point
@@ -79,10 +82,12 @@ def store(run: Path, folder: Path) -> None:
     pipe = FixedPointDiTPipeline.from_pretrained(model_folder(str(run)))
     if (count := parameters_of(pipe)) > MOST_PARAMETERS:
         sys.exit(f"{run} has {count:,} parameters; at most {MOST_PARAMETERS:,} go into the package")
-    shutil.rmtree(folder, ignore_errors=True)
     if not unguided_budgets(pipe):
         sys.exit(f"{run} has no tuned plans: `fpdm tune {run}` makes them")
-    pipe.to(torch.float16).save_pretrained(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+    named = FixedPointDiTPipeline(pipe.transformer.half(), pipe.scheduler, class_names=CLASSES[folder.name])
+    named.tuned_plans = pipe.tuned_plans
+    named.save_pretrained(folder)
     if (size := size_of(folder)) > MOST_BYTES:
         shutil.rmtree(folder)
         sys.exit(f"{folder} has {size:,} bytes; at most {MOST_BYTES:,} go into the package")

@@ -98,6 +98,7 @@ def test_shipping_stores_half_precision_and_a_card_of_what_was_measured(tmp_path
     assert {weight.dtype for weight in weights.values()} == {torch.float16}
     original = FixedPointDiTPipeline.from_pretrained(run / "pipeline").transformer.state_dict()
     assert all(torch.equal(weights[name], original[name].half()) for name in weights)
+    assert FixedPointDiTPipeline.from_pretrained(folder).class_names[9] == "ankle boot"
     card = (folder / "README.md").read_text()
     points = sorted(all_points(tmp_path / "sweep"), key=lambda point: point["budget"])
     for point, plan in zip(
