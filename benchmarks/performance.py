@@ -4,7 +4,8 @@
 
 Parts, all by default: sampling, block, training, start. Opponents run in the same process, in turns with ours (see
 harness.py): the textbook form (textbook.py), and diffusers' DiTTransformer2DModel at the same width. The ceiling is a
-float32 linear layer, 384 to 1536, at the rows of the network, one of those that take turns. Operations are two per
+float32 linear layer, 384 to 1536, at the rows of the network, by torch or by oneDNN, whichever is faster: they take
+turns with the others. Operations are two per
 multiply-add of linear layers and attention. The network has size S/2 and the paper's form: 384 wide, 6 heads, 256
 tokens.
 """
@@ -32,6 +33,7 @@ from fpdm.files import read_json, write_json
 from fpdm.fixedpoint import MultiStepJacobianFree, Solve
 from fpdm.machine import made_with
 from fpdm.models import FixedPointDiT
+from fpdm.models.fused import product
 from fpdm.sampling import operations_of
 
 BATCHES, ITERATIONS = (8, 1), 10
@@ -67,10 +69,11 @@ def sampling() -> list[Row]:
             "textbook": partial(plain, x, t, y, ITERATIONS),
             "ours": partial(model, x, t, y, iterations=ITERATIONS),
             "linear": lambda tokens=tokens, weight=weight: [F.linear(tokens, weight) for _ in range(10)],
+            "oneDNN": lambda tokens=tokens, weight=weight: [product(tokens, weight) for _ in range(10)],
         }
         timings = compare(ways)
         operations = size * (operations_of(model).fixed + ITERATIONS * operations_of(model).per_iteration)
-        rate = 10 * 2 * tokens.numel() * 1536 / timings["linear"].seconds
+        rate = 10 * 2 * tokens.numel() * 1536 / min(timings["linear"].seconds, timings["oneDNN"].seconds)
         rows.append({
             "batch": size,
             "error": error,
@@ -134,7 +137,7 @@ network.FixedPointCore.step = lambda *_: os._exit(0)
 from fpdm.cli.main import main
 main(["sample", {model!r}, "--budget", "3", "--num-images", "1", "--device", "cpu", "--out", {out!r}])
 """
-IMPORT = "import torch; from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin"
+IMPORT = "import os, torch; from diffusers import DDIMScheduler, DiffusionPipeline, ModelMixin; os._exit(0)"
 
 
 def start() -> list[Row]:
@@ -186,7 +189,12 @@ def main() -> None:
     result = read_json(path) if path.is_file() else {"parts": {}}
     for part in options.parts or PARTS:
         rows = PARTS[part]()
-        result["parts"][part] = {"rows": rows, "made_with": made_with("cpu"), "bandwidth": bandwidth()}
+        result["parts"][part] = {
+            "rows": rows,
+            "bars": BARS[part],
+            "made_with": made_with("cpu"),
+            "bandwidth": bandwidth(),
+        }
         write_json(path, result)
         tell(part, rows)
 

@@ -17,7 +17,10 @@ from fpdm.evaluation.result import significant
 from fpdm.experiments.show import markdown
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / "docs" / name for name in ("evaluation.md", "how-to-choose.md", "reproduction.md", "training.md"))
+PAGES = tuple(
+    ROOT / "docs" / name
+    for name in ("evaluation.md", "how-to-choose.md", "performance.md", "reproduction.md", "training.md")
+)
 Point = dict[str, Any]
 
 
@@ -208,6 +211,20 @@ def experiment(path: str, *way: str) -> str:
     return markdown(json.loads((ROOT / path).read_text()), *way)
 
 
+def performance(path: str) -> str:
+    """What was held against bars, and whether they hold."""
+    lines = [row(["", "batch", "", "measured", "bar", ""]), row(["---"] * 6)]
+    for part, found in json.loads((ROOT / path).read_text())["parts"].items():
+        for one in found["rows"]:
+            for name, bar, more in found["bars"]:
+                value = one[name]
+                spread = f" ({one['low']:.2f} to {one['high']:.2f})" if name == "ratio" else ""
+                verdict = "holds" if (value >= bar if more else value <= bar) else "**fails**"
+                limit = f"{'>=' if more else '<='} {bar:.3g}"
+                lines.append(row([part, str(one.get("batch", "")), name, f"{value:.3g}{spread}", limit, verdict]))
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "experiment": experiment,
     "metrics": metrics,
@@ -220,6 +237,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "gradients": gradients,
     "memory": memory,
     "memory_compared": memory_compared,
+    "performance": performance,
     "soak": soak,
 }
 

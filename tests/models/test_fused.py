@@ -28,6 +28,10 @@ def plain_norm_linear(x, shift, scale, layer):
     return layer(F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
 
 
+def plain_linear(x, layer):
+    return layer(x)
+
+
 def plain_gelu_linear(x, layer):
     return layer(F.gelu(x, approximate="tanh"))
 
@@ -35,6 +39,7 @@ def plain_gelu_linear(x, layer):
 PAIRS = [
     pytest.param(norm_linear, plain_norm_linear, 3, id="norm_linear"),
     pytest.param(gelu_linear, plain_gelu_linear, 1, id="gelu_linear"),
+    pytest.param(linear, plain_linear, 1, id="linear"),
 ]
 
 

@@ -6,8 +6,8 @@
 Each function equals a few plain ones of `torch.nn.functional`. Their backward passes compute again, element by element,
 what those would have stored: normalised and modulated tokens, and the activations of an MLP.
 
-On a CPU products in float32 are oneDNN's where no gradient is recorded: 10 to 30% faster than the BLAS that torch
-takes for them (docs/performance.md).
+On a CPU products in float32 are oneDNN's, which is faster there than the BLAS that torch takes for them
+(docs/performance.md).
 
 A layer that is more than a plain `nn.Linear` (quantised, adapted as by LoRA, hooked) is called as it is. So are all of
 them while torch.compile traces, which fuses in its own way.
@@ -49,13 +49,15 @@ def gelu_linear(x: Tensor, layer: nn.Module) -> Tensor:
 
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """`layer` of x."""
-    if torch.is_grad_enabled() or not is_plain(layer):
+    if not is_plain(layer):
         return layer(x)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled():
+        return _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
     return product(x, layer.weight, layer.bias)  # type: ignore[arg-type]
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, where no gradient is recorded."""
+    """x W^T + b. No gradient is recorded: that is the callers' part."""
     if not is_for_onednn(x, weight):
         return F.linear(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
@@ -113,6 +115,25 @@ def tanh_is_slow(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
 
 
+class _Linear(torch.autograd.Function):
+    """torch's own, but for `product`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        for_x, for_weight, for_bias = wanted(ctx, inputs=1)
+        of_weight = _of_weight(grad, x, weight) if for_weight else None
+        of_bias = _of_bias(grad, bias) if for_bias else None
+        of_x = product(grad, weight.to(grad.dtype).t()).to(x.dtype) if for_x else None
+        return of_x, of_weight, of_bias
+
+
 class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -146,14 +167,21 @@ class _GeluLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         for_x, for_weight, for_bias = wanted(ctx, inputs=1)
-        gate = _gate_of(x) if tanh_is_slow(x) else None
-        activation = gelu(x) if gate is None else gate * x
-        of_weight = _of_weight(grad, activation.to(grad.dtype), weight) if for_weight else None
+        slope = None
+        if tanh_is_slow(x):
+            gate = _gate_of(x)
+            activation = gate * x
+            slope = _slope(x, gate, activation) if for_x else None
+            del gate  # this is where a step's memory is at its peak
+        else:
+            activation = gelu(x)
+        of_weight = _of_weight(grad, activation, weight) if for_weight else None
+        del activation
         of_bias = _of_bias(grad, bias) if for_bias else None
         of_x = None
         if for_x:
             of_x = product(grad, weight.to(grad.dtype).t()).to(x.dtype)
-            of_x = _of_gelu(of_x, x) if gate is None else of_x.mul_(_slope(x, gate, activation))
+            of_x = _of_gelu(of_x, x) if slope is None else of_x.mul_(slope)
         return of_x, of_weight, of_bias
 
 
