@@ -36,7 +36,7 @@ def digits():
     """What is said of the digits, small: told once, looked at by several tests."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        assert main(["info", "digits", *map(str, SMALL)]) == 0
+        assert main(["info", "digits", *map(str, SMALL), "--no-grad-max", "6", "--with-grad-max", "6"]) == 0
     return said.getvalue()
 
 
