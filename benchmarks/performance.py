@@ -5,9 +5,8 @@
 Parts, all by default: sampling, block, training, start. Opponents run in the same process, in turns with ours (see
 harness.py): the textbook form (textbook.py), and diffusers' DiTTransformer2DModel at the same width. The ceiling is a
 float32 linear layer, 384 to 1536, at the rows of the network, by torch or by oneDNN, whichever is faster: they take
-turns with the others. Operations are two per
-multiply-add of linear layers and attention. The network has size S/2 and the paper's form: 384 wide, 6 heads, 256
-tokens.
+turns with the others. Operations are two per multiply-add of linear layers and attention. The network has size S/2 and
+the paper's form: 384 wide, 6 heads, 256 tokens.
 """
 
 import argparse

@@ -160,7 +160,7 @@ def test_the_clothes_inside_the_package_are_small_and_tell_what_they_are(clothes
 
 
 def test_the_clothes_inside_the_package_are_of_their_classes(clothes, monkeypatch):
-    """By a classifier that names 92% of real ones rightly."""
+    """By a classifier that names 91% of real ones rightly."""
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it asked the network"))
     names = [str(i) for i in range(10)]
     source = SimpleNamespace(channels=1, class_names=names)

@@ -95,7 +95,8 @@ def is_plain(layer: nn.Module) -> bool:
     return (
         type(layer) is nn.Linear
         and "forward" not in vars(layer)  # where accelerate puts its hooks
-        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
         and not torch.compiler.is_compiling()
     )
 
