@@ -78,7 +78,7 @@ def function(model, x, t, y):
     tokens, time_embedding, label = model._embed(x, t, y)
     outer = condition(time_embedding, label) if model.config.time_in_pre_post else condition(label)
     u = model._run_blocks(model.pre, tokens, outer)
-    return model.core.step, model.core.prepare(u, condition(time_embedding, label))
+    return model.core, model.core.prepare(u, condition(time_embedding, label))
 
 
 def scale(stepper: Stepper, alpha_bar: float) -> float:

@@ -33,7 +33,7 @@ def measure() -> list[dict]:
 
     def seconds(counts: int | tuple[int, ...]) -> float:
         started = time.perf_counter()
-        solve(model.core.step, tokens, context, stopping=FixedIterations(counts))
+        solve(model.core, tokens, context, stopping=FixedIterations(counts))
         return time.perf_counter() - started
 
     rows = []

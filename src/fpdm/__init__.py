@@ -28,6 +28,7 @@ _HOMES = {
     "Tolerance": "fpdm.fixedpoint",
     "Unroll": "fpdm.fixedpoint",
     "make_plan": "fpdm.sampling",
+    "to_int8": "fpdm.models",
 }
 __all__ = list(_HOMES)
 
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
         Tolerance,
         Unroll,
     )
-    from fpdm.models import DiT, FixedPointDiT
+    from fpdm.models import DiT, FixedPointDiT, to_int8
     from fpdm.pipeline import FixedPointDiTPipeline
     from fpdm.sampling import Plan, Report, make_plan
 

@@ -17,6 +17,7 @@ from fpdm.data import write_npz
 from fpdm.devices import Processes, pick_device
 from fpdm.files import hold, read_json, write_aside, write_json
 from fpdm.imaging import grid
+from fpdm.models import to_int8
 from fpdm.pipeline import FixedPointDiTPipeline, asked_of_solves, guidance_of
 from fpdm.sampling import Guidance, Plan, Purse, Report, check_reuse
 from fpdm.weights import digest
@@ -25,6 +26,7 @@ GRID_IMAGES = 100
 REPORT, PART = "report.json", ".report-"
 ALONE = Processes()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+INT8 = "int8"
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,39 @@ class Choices:
         )
 
 
-def load_pipeline(folder: str, device: str, dtype: str) -> FixedPointDiTPipeline:
-    """The pipeline in a folder, on its device. Raises ValueError for damaged files or a device that is not there."""
-    device, kind = pick_device(device), dtype_of(dtype)
+def load_pipeline(folder: str, device: str, dtype: str, *, compiled: bool = False) -> FixedPointDiTPipeline:
+    """The pipeline in a folder, placed on its device; `compiled` compiles its blocks at the first call.
+
+    Raises ValueError for damaged files, a device that is not there, or a dtype that is none or not for it.
+    """
+    device = pick_device(device)
+    check_precision(dtype)
     try:
         pipe = FixedPointDiTPipeline.from_pretrained(folder)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the model {folder} cannot be opened: {error}") from error
-    return pipe.to(device, kind)
+    pipe = placed(pipe, device, dtype)
+    if compiled:
+        pipe.transformer.compile_repeated_blocks()
+    return pipe
+
+
+def placed(pipe: FixedPointDiTPipeline, device: str, dtype: str) -> FixedPointDiTPipeline:
+    """A pipeline, just opened, on a device, its weights in a dtype; "int8" is of the blocks of its network alone.
+
+    Raises ValueError if the device cannot multiply in int8.
+    """
+    if dtype != INT8:
+        return pipe.to(device, dtype_of(dtype))
+    pipe.to(device)
+    to_int8(pipe.transformer)
+    return pipe
+
+
+def check_precision(name: str) -> None:
+    """Raises ValueError for a name that no network can be drawn with."""
+    if name != INT8 and name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join([*DTYPES, INT8])}")
 
 
 def dtype_of(name: str) -> torch.dtype:

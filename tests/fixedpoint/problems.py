@@ -51,10 +51,10 @@ def core(samples=3):
     draw = torch.Generator().manual_seed(1)
     u, c = torch.randn(samples, 4, 16, generator=draw), torch.randn(samples, 16, generator=draw)
     exact = model.double().core
-    solution = solve(exact.step, u.double(), exact.prepare(u.double(), c.double()), stopping=FixedIterations(500))
+    solution = solve(exact, u.double(), exact.prepare(u.double(), c.double()), stopping=FixedIterations(500))
     assert (solution.residuals[-1] < 1e-12).all()  # so the plain iteration contracts
     model.float()
-    return model.core.step, u, model.core.prepare(u, c), solution.value.float()
+    return model.core, u, model.core.prepare(u, c), solution.value.float()
 
 
 @lru_cache
@@ -97,7 +97,7 @@ def trained_layer(dtype=torch.float32, feedback=1.0):
     model, start, context = trained()
     layer = deepcopy(model.core).to(dtype)
     layer.inject_z.weight *= feedback
-    return layer.step, start.to(dtype), mapped(lambda tensor: tensor.to(dtype), context)
+    return layer, start.to(dtype), mapped(lambda tensor: tensor.to(dtype), context)
 
 
 @lru_cache

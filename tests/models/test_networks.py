@@ -170,7 +170,7 @@ def test_the_halves_of_the_injection_begin_as_one_map():
 def test_a_new_network_with_a_skip_starts_every_iteration_at_u():
     core = FixedPointDiT(**TINY, input_skip=True).core
     u, c = drawn(2, 4, 8), drawn(2, 8)
-    assert torch.equal(core.step(drawn(2, 4, 8).flip(0), core.prepare(u, c)), u)
+    assert torch.equal(core(drawn(2, 4, 8).flip(0), core.prepare(u, c)), u)
 
 
 def test_the_skip_adds_no_parameters():
@@ -339,7 +339,7 @@ def test_the_core_is_the_textbook_one(num_core, input_skip):
     wanted = wanted + u if input_skip else wanted  # ours: the blocks see u + MLP([z ; P u])
     for block in core.blocks:
         wanted = block(wanted, block.modulation(c))
-    torch.testing.assert_close(core.step(z, core.prepare(u, c)), wanted)
+    torch.testing.assert_close(core(z, core.prepare(u, c)), wanted)
 
 
 @pytest.mark.parametrize("input_skip", [False, True])

@@ -139,7 +139,7 @@ def refuse_drawing(options: argparse.Namespace) -> None:
     """Raises ValueError for options of drawing where there are samples already."""
     for name in ("num_images", "classes", "seed", "budget", "steps", "iterations", "allocation", "reuse", "solver",
                  "tolerance", "pooled", "untuned", "scheduler", "guidance_scale", "guidance_interval",
-                 "guidance_channels", "guidance_share", "batch_size", "dtype"):  # fmt: skip
+                 "guidance_channels", "guidance_share", "batch_size", "dtype", "compile"):  # fmt: skip
         if getattr(options, name) != options.parser.get_default(name):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{options.model} holds samples, which are measured as they are: leave {flag} out")

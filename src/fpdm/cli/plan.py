@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fpdm.cli.quiet import quiet_libraries
-from fpdm.cli.sample import DEFAULT_BUDGET, parse_iterations
+from fpdm.cli.sample import DEFAULT_BUDGET, DTYPES, parse_iterations
 from fpdm.files import check_writable, model_folder, write_aside
 from fpdm.names import needs, unknown
 
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     timing = parser.add_argument_group("prediction of seconds")
     timing.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
     timing.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    timing.add_argument("--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="of the weights")
+    timing.add_argument("--dtype", default="float32", metavar=DTYPES, help="of the weights")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fpdm.sampling import Report
 
 DEFAULT_BUDGET = 160
+DTYPES = "{float32,bfloat16,float16,int8}"
 PLANNED = ("num_inference_steps", "iterations", "allocation", "reuse", "solver", "tolerance", "scheduler")
 
 
@@ -65,7 +66,9 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, num_images: int) -> N
     guidance.add_argument("--guidance-share", type=float, metavar="P",
                           help="iterations of the unconditional evaluation, as a share of the others' (1)")  # fmt: skip
     compute.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    compute.add_argument("--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="of the weights")
+    compute.add_argument("--dtype", default="float32", metavar=DTYPES, help="of the weights")
+    compute.add_argument("--compile", action="store_true",
+                         help="compile the blocks (torch.compile): seconds at first, then faster")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -103,7 +106,7 @@ def draw(options: argparse.Namespace, processes: "Processes | None" = None) -> "
     from fpdm.drawing import draw_missing, load_pipeline, write_archive
 
     processes = processes or join_processes(options.device)
-    pipe = load_pipeline(folder, processes.device, options.dtype)
+    pipe = load_pipeline(folder, processes.device, options.dtype, compiled=options.compile)
     choices = choices_of(options, pipe)
     classes = parse_classes(options.classes, pipe.transformer.config.num_classes, pipe.class_names)
     print(f"{choices.plan(pipe)} per image", flush=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fpdm.cli.evaluate import LEAST, add_measuring_arguments
 from fpdm.cli.quiet import quiet_libraries
-from fpdm.cli.sample import check_counts
+from fpdm.cli.sample import DTYPES, check_counts
 from fpdm.files import check_writable
 from fpdm.names import needs
 
@@ -46,7 +46,7 @@ def add_computing_arguments(parser: argparse.ArgumentParser) -> None:
     computing.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
     computing.add_argument("--processes", type=int, default=1, metavar="N", help="points at a time (1)")
     computing.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
-    computing.add_argument("--dtype", default="float32", metavar="{float32,bfloat16,float16}", help="of the weights")
+    computing.add_argument("--dtype", default="float32", metavar=DTYPES, help="of the weights")
 
 
 def check_processes(options: argparse.Namespace) -> None:

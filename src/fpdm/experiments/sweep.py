@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from fpdm.devices import pick_device
-from fpdm.drawing import channels_of, draw_missing, dtype_of, load_pipeline, side_of
+from fpdm.drawing import channels_of, check_precision, draw_missing, load_pipeline, placed, side_of
 from fpdm.evaluation import Evaluation, Instrument, open_samples
 from fpdm.experiments.points import Axes, Point, Settings, points_of
 from fpdm.files import cache_folder, hold, is_free, read_json, write_json
@@ -68,7 +68,7 @@ def run_points(
     points: list[Point], settings: Settings, out: Path, processes: int = 1, say: Callable[[str], None] = print
 ) -> list[dict[str, Any]]:
     """Compute those of the points that `out` lacks; all that it holds. Raises ValueError as `run_sweep` does."""
-    dtype_of(settings.dtype)
+    check_precision(settings.dtype)
     device_for(settings)
     size, channels = shape_of(points)
     check_claim(out, settings, points)
@@ -269,7 +269,7 @@ def pipeline_for(folder: str, weights: str, device: str, dtype: str) -> FixedPoi
     pipe = load_pipeline(folder, "cpu", "float32")
     if digest(pipe.transformer) != weights:
         raise ValueError(f"the model in {folder} has changed since the sweep began: give it another name, LABEL=PATH")
-    return pipe.to(device, dtype_of(dtype))
+    return placed(pipe, device, dtype)
 
 
 @lru_cache(maxsize=1)

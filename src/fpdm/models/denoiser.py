@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from fpdm.fixedpoint import Solution, Solve
@@ -44,6 +45,7 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False  # diffusers sets this, and `_gradient_checkpointing_func`
+    _repeated_blocks = ["FixedPointCore", "Block"]
     _no_split_modules = ["FixedPointCore", "Block"]  # their parts are called from outside forward, too
     config_name = "config.json"
 
@@ -78,6 +80,12 @@ class Denoiser(ModelMixin, ConfigMixin):
             raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its configuration: {listed}")
         return (model, info) if wants_info else model
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """diffusers' `save_pretrained`. Raises ValueError for a network in int8."""
+        if any(weight.dtype == torch.int8 for weight in self.state_dict().values()):
+            raise ValueError("a network in int8 cannot be saved: save the one that it was made from, and convert it")
+        super().save_pretrained(*args, **kwargs)
+
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """From now on store of each block, and of each iteration with gradient, the input only, and compute the rest
         again in backward: gradients stay the same, a step takes about a forward pass longer.
@@ -86,6 +94,22 @@ class Denoiser(ModelMixin, ConfigMixin):
         `gradient_checkpointing_func(function, *inputs)` takes the place of torch's `checkpoint`.
         """
         super().enable_gradient_checkpointing(gradient_checkpointing_func or RECOMPUTE)
+
+    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks in place, each kind once: diffusers' method, and its arguments are torch.compile's.
+
+        Without gradient one graph serves all sizes of batches, so nothing is compiled again when the batch, the plan or
+        the iterations change. It is worth seconds at the first call, and is cached on disk for other processes.
+        """
+        for module in self._outermost(self._repeated_blocks):
+            module.compile(*args, **kwargs)
+            compiled: Any = module._compiled_call_impl
+            module._compiled_call_impl = partial(call_for_any_batch, compiled)
+
+    def _outermost(self, kinds: list[str]) -> list[nn.Module]:
+        """The modules of these kinds that are not inside another one of them."""
+        found = {name: m for name, m in self.named_modules() if type(m).__name__ in kinds}
+        return [m for name, m in found.items() if not any(name.startswith(f"{other}.") for other in found)]
 
     @property
     def null_class(self) -> int:
@@ -174,6 +198,17 @@ class Denoiser(ModelMixin, ConfigMixin):
 def run_block(block: Block, x: Tensor, c: Tensor) -> Tensor:
     """One block, its modulation included, so that checkpointing stores of that no more than `c`."""
     return block(x, block.modulation(c))
+
+
+def call_for_any_batch(compiled: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """What `compiled` returns, for batches of any size: torch.compile would take 1 for a case apart."""
+    from torch._dynamo.decorators import mark_unbacked  # which takes a second to import
+
+    if not torch.is_grad_enabled():
+        for tensor in tree_leaves(inputs):
+            if isinstance(tensor, Tensor) and tensor.dim() > 0:
+                mark_unbacked(tensor, 0)
+    return compiled(*inputs)
 
 
 def condition(*embeddings: Tensor) -> Tensor:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from fpdm.fixedpoint import FixedIterations, Solve
 from fpdm.models.denoiser import Denoiser, Output, condition
 from fpdm.models.fused import gelu_linear, linear
-from fpdm.models.layers import Block, Modulation
+from fpdm.models.layers import Block
 
 
 class Context(NamedTuple):
     """All that is constant while z is iterated: computed once per solve, with gradient."""
 
     injected: Tensor  # u's share of the first linear map, bias included (B, N, 2D)
-    modulations: tuple[Modulation, ...]  # of each block of the group
+    modulations: tuple[Tensor, ...]  # of each block of the group (B, 6, 1, D)
     skip: Tensor | None = None  # u, where it is added to the injection
 
 
@@ -51,7 +51,7 @@ class FixedPointCore(nn.Module):
         modulations = tuple(block.modulation(c) for block in self.blocks)  # type: ignore[operator]
         return Context(self.inject_u(self.project(u)), modulations, u if self.input_skip else None)
 
-    def step(self, z: Tensor, context: Context) -> Tensor:
+    def forward(self, z: Tensor, context: Context) -> Tensor:
         """One application of f to `z` (B, N, D)."""
         # As precise as it came: under autocast z is float32, and blocks add to it as an explicit network's do.
         z = gelu_linear(linear(z, self.inject_z) + context.injected, self.inject_out).to(z.dtype)
@@ -137,8 +137,8 @@ class FixedPointDiT(Denoiser):
         c_outer = c if self.config.time_in_pre_post else condition(label)
         u = self._run_blocks(self.pre, tokens, c_outer)                # (B, N, D)
         z = u if init is None else _fitting(init, u)                   # (B, N, D)
-        step, context = self._segment(self.core.step), self.core.prepare(u, c)
-        solution = solve(step, z, context)                             # (B, N, D)
+        context = self.core.prepare(u, c)
+        solution = solve(self._segment(self.core), z, context)         # (B, N, D)
         exits = {k: self._decode(z, c_outer) for k, z in solution.kept.items()}
         return Output(self._decode(solution.value, c_outer), solution, exits)
         # fmt: on

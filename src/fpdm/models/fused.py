@@ -6,24 +6,20 @@
 Each function equals a few plain ones of `torch.nn.functional`. Their backward passes compute again, element by element,
 what those would have stored: normalised and modulated tokens, and the activations of an MLP.
 
-On a CPU products in float32 are oneDNN's, which is faster there than the BLAS that torch takes for them
-(docs/performance.md).
-
 A layer that is more than a plain `nn.Linear` (quantised, adapted as by LoRA, hooked) is called as it is. So are all of
-them while torch.compile traces, which fuses in its own way.
+them, where there are gradients, while torch.compile traces, which fuses in its own way.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.flop_counter import register_flop_formula
 
 from fpdm.fixedpoint import only_of_inputs
+from fpdm.models.products import is_for_onednn, product
 
 EPS = 1e-6
 # GELU's tanh form is x sigmoid(x (SLOPE + CUBIC x^2)), as tanh(v) = 2 sigmoid(2 v) - 1. On a CPU torch's sigmoid takes
@@ -34,47 +30,45 @@ CUBIC = 0.044715 * SLOPE
 
 def norm_linear(x: Tensor, shift: Tensor, scale: Tensor, layer: nn.Module) -> Tensor:
     """`layer` of the normalised and modulated tokens, LayerNorm(x) (1 + scale) + shift."""
-    if torch.is_grad_enabled() and is_plain(layer):
+    if has_own_backward(layer):
         return _NormLinear.apply(x, shift, scale, layer.weight, layer.bias)  # type: ignore[no-any-return]
-    normalised = F.layer_norm(x, x.shape[-1:], eps=EPS)
-    return linear(modulated(normalised, shift, scale), layer)
+    return linear(normalised(x, shift, scale), layer)
 
 
 def gelu_linear(x: Tensor, layer: nn.Module) -> Tensor:
     """`layer` of GELU(x), in its tanh form."""
-    if torch.is_grad_enabled() and is_plain(layer):
+    if has_own_backward(layer):
         return _GeluLinear.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
     return linear(gelu(x), layer)
 
 
+def mlp(x: Tensor, shift: Tensor, scale: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+    """`second` of GELU of `first` of the normalised and modulated tokens."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not is_plain(first):
+        return gelu_linear(norm_linear(x, shift, scale, first), second)
+    tokens = normalised(x, shift, scale)
+    if not is_for_onednn(tokens, first.weight):  # type: ignore[arg-type]
+        return gelu_linear(linear(tokens, first), second)
+    return linear(product(tokens, first.weight, first.bias, gelu=True), second)  # type: ignore[arg-type]
+
+
 def linear(x: Tensor, layer: nn.Module) -> Tensor:
     """`layer` of x."""
-    if not is_plain(layer):
-        return layer(x)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled():
+    if has_own_backward(layer):
         return _Linear.apply(x, layer.weight, layer.bias)  # type: ignore[no-any-return]
+    if torch.is_grad_enabled() or not is_plain(layer):
+        return layer(x)  # type: ignore[no-any-return]
     return product(x, layer.weight, layer.bias)  # type: ignore[arg-type]
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b. No gradient is recorded: that is the callers' part."""
-    if not is_for_onednn(x, weight):
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-
-
-def operations(x: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of oneDNN's product of tensors of these shapes."""
-    return 2 * math.prod(x) * weight[0]
-
-
-if torch.backends.mkldnn.is_available():  # not in every build
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(operations)  # which torch's counter does not know
 
 
 def gated(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """x + gate branch, as precise as x."""
     return torch.addcmul(x, gate.to(x.dtype), branch.to(x.dtype))
+
+
+def normalised(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm(x) (1 + scale) + shift."""
+    return modulated(F.layer_norm(x, x.shape[-1:], eps=EPS), shift, scale)
 
 
 def modulated(normalised: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -85,9 +79,16 @@ def modulated(normalised: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def gelu(x: Tensor) -> Tensor:
     """GELU in its tanh form."""
+    if torch.compiler.is_compiling() and tanh_is_slow(x):
+        return x * torch.sigmoid(x * (SLOPE + CUBIC * x * x))
     if torch.is_grad_enabled() or not tanh_is_slow(x):
         return F.gelu(x, approximate="tanh")
     return _gate_of(x).mul_(x)
+
+
+def has_own_backward(layer: nn.Module) -> bool:
+    """Whether a gradient is wanted that the functions below may compute."""
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(layer)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -97,23 +98,11 @@ def is_plain(layer: nn.Module) -> bool:
         and "forward" not in vars(layer)  # where accelerate puts its hooks
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (layer._backward_hooks or layer._backward_pre_hooks)
-        and not torch.compiler.is_compiling()
-    )
-
-
-def is_for_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and not torch.is_autocast_enabled("cpu")
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
-        and x.numel() > 0
     )
 
 
 def tanh_is_slow(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
 class _Linear(torch.autograd.Function):

@@ -11,9 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fpdm.models.fused import gated, gelu_linear, linear, norm_linear
-
-Modulation = tuple[Tensor, ...]
+from fpdm.models.fused import gated, linear, mlp, norm_linear
 
 
 def sincos_positions(width: int, side: int) -> Tensor:
@@ -56,7 +54,8 @@ class PatchEmbedder(nn.Module):
         self.register_buffer("positions", sincos_positions(width, sample_size // patch_size), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.proj(x).flatten(2).transpose(1, 2)  # (B, C, H, W) -> (B, N, D)
+        # One token after the other in memory, too, as blocks return them.
+        tokens = self.proj(x).flatten(2).transpose(1, 2).contiguous()  # (B, C, H, W) -> (B, N, D)
         return tokens + self.positions  # float32 under autocast, and with it all that blocks add to
 
 
@@ -77,7 +76,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The two linear layers of an MLP, which `gelu_linear` applies with GELU between them."""
+    """The two linear layers of an MLP, which `fused.mlp` applies with GELU between them."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
@@ -97,14 +96,14 @@ class Block(nn.Module):
         self.mlp = Mlp(width, int(width * mlp_ratio))
         self.adaln = nn.Linear(width, 6 * width)
 
-    def modulation(self, c: Tensor) -> Modulation:
-        """Shift, scale and gate of attention, then of the MLP: six tensors (B, 1, D)."""
-        return self.adaln(c).unsqueeze(1).chunk(6, dim=-1)
+    def modulation(self, c: Tensor) -> Tensor:
+        """Shift, scale and gate of attention, then of the MLP (B, 6, 1, D)."""
+        return self.adaln(c).view(len(c), 6, 1, -1)  # type: ignore[no-any-return]
 
-    def forward(self, x: Tensor, modulation: Modulation) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)
         x = gated(x, gate1, self.attn(norm_linear(x, shift1, scale1, self.attn.qkv)))
-        return gated(x, gate2, gelu_linear(norm_linear(x, shift2, scale2, self.mlp.fc1), self.mlp.fc2))
+        return gated(x, gate2, mlp(x, shift2, scale2, self.mlp.fc1, self.mlp.fc2))
 
 
 class FinalLayer(nn.Module):

@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fpdm.devices import pick_device
 from fpdm.models import Denoiser, DiT
-from fpdm.models.layers import Block
 from fpdm.names import needs
 from fpdm.training.config import Config
 
@@ -56,13 +55,6 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = run.tf32
     return accelerator
-
-
-def compile_blocks(model: Denoiser) -> None:
-    """Compile every block of a network in place; names of weights stay as they are."""
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile()
 
 
 def shard(model: Denoiser) -> None:

@@ -23,7 +23,7 @@ from fpdm.machine import matrix_rate
 from fpdm.training.build import Parts, build
 from fpdm.training.config import Config
 from fpdm.training.course import Course
-from fpdm.training.devices import clip, compile_blocks, gradients_shared, make_accelerator, shard
+from fpdm.training.devices import clip, gradients_shared, make_accelerator, shard
 from fpdm.training.draws import Draws, draw
 from fpdm.training.ema import Ema
 from fpdm.training.guard import Diverged, Guard
@@ -64,7 +64,7 @@ class Trainer:
         self.net = self.parts.model.to(device).train()
         self.ema = Ema(self.net, config.optimizer.ema)
         if run.compile:
-            compile_blocks(self.net)
+            self.net.compile_repeated_blocks()
         if run.sharding == "fsdp":
             shard(self.net)
             shard(self.ema.model)
