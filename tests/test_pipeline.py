@@ -501,3 +501,62 @@ def test_more_names_than_classes_are_refused():
 def test_indices_next_to_generators_are_refused(pipe):
     with pytest.raises(ValueError, match="image_indices"):
         pipe(0, budget=12, generator=[torch.Generator()], image_indices=[4])
+
+
+# Many calls at once
+
+
+CALLS = [
+    {"class_labels": ["cat", "owl"], "budget": 12, "seed": 1},
+    {"class_labels": 1, "num_images": 3, "num_inference_steps": 2, "iterations": [1, 3], "seed": 2, "scheduler": "unipc"},
+    {"budget": 20, "tolerance": 0.5, "seed": 3, "output_type": "np"},
+    {"class_labels": 0, "budget": 12, "guidance_scale": 3.0, "seed": 4, "return_dict": False},
+]
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_calls_at_once_return_what_they_return_alone(pipe, as_list):
+    calls = [{"output_type": "latent", **call} for call in CALLS]
+    found = dict(pipe.continuous(calls if as_list else iter(calls), batch_size=4))
+    assert sorted(found) == list(range(len(calls)))
+    for number, call in enumerate(calls):
+        alone = pipe(**call)
+        images, report = found[number] if isinstance(alone, tuple) else (found[number].images, found[number].report)
+        torch.testing.assert_close(torch.as_tensor(images), torch.as_tensor(alone[0]), rtol=1e-3, atol=1e-3)
+        assert report.spent == (alone[1] if isinstance(alone, tuple) else alone.report).spent
+
+
+def test_a_list_of_calls_is_refused_whole_and_an_iterator_when_it_comes_to_it(pipe):
+    calls = [{"budget": 12, "output_type": "latent"}, {"budget": 12, "class_labels": "dgo"}]
+    with pytest.raises(ValueError, match="dgo"):
+        next(pipe.continuous(calls))
+    found = pipe.continuous(iter(calls), batch_size=1)
+    assert next(found)[0] == 0
+    with pytest.raises(ValueError, match="dgo"):
+        next(found)
+
+
+@pytest.mark.parametrize(
+    ("change", "call", "message"),
+    [
+        ({"batch_size": 0}, {"budget": 12}, "batch_size is 0; it must be at least 1"),
+        ({}, {"budget": 12, "solver": "anderson"}, "share Picard steps only"),
+    ],
+)
+def test_calls_that_cannot_be_made_at_once_are_refused(pipe, change, call, message):
+    with pytest.raises(ValueError, match=message):
+        list(pipe.continuous([call], **change))
+
+
+def test_an_offloaded_network_is_not_called_in_parts():
+    pipe = make_pipeline()
+    pipe.transformer._hf_hook = object()
+    with pytest.raises(ValueError, match="an offloaded network is called as a whole"):
+        list(pipe.continuous([{"budget": 12}]))
+
+
+def test_bars_are_shown_again_after_calls_at_once():
+    pipe = make_pipeline()
+    pipe.set_progress_bar_config(disable=False, desc="drawing")
+    list(pipe.continuous([{"budget": 12}]))
+    assert pipe._progress_bar_config == {"disable": False, "desc": "drawing"}

@@ -3,7 +3,7 @@
 import math
 import operator
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,27 +17,31 @@ from torch import Tensor
 
 from fpdm.files import shipped
 from fpdm.fixedpoint import Picard, Solver, Status
+from fpdm.models import Output
 
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
 from fpdm.models.dit import DiT
 from fpdm.models.fixed_point_dit import FixedPointDiT
 from fpdm.names import unknown
 from fpdm.sampling import (
+    Call,
     Guidance,
     Plan,
     Purse,
     Report,
     Stepper,
     TunedPlan,
+    answered,
     calls_of,
     check_reuse,
+    continuous,
     cost_of,
+    course,
     image_generators,
     initial_noise,
     load_plans,
     make_plan,
     nearest_plan,
-    sample,
     save_plans,
     solver_of,
 )
@@ -182,8 +186,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             )
         return torch.tensor(numbers * num_images if num_images is not None and len(numbers) == 1 else numbers)
 
-    @torch.no_grad()
-    def __call__(
+    def drawing(
         self,
         class_labels: int | str | Sequence[int | str] | None = None,
         num_images: int | None = None,
@@ -209,8 +212,9 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> FixedPointDiTPipelineOutput:
-        """Draw images.
+    ) -> Generator[Call, Output, FixedPointDiTPipelineOutput]:
+        """Draw images: `pipe(...)` with these arguments. (This function is the course of it, which `pipe(...)` runs by
+        itself, and `continuous` beside others.)
 
         class_labels         a class per image, by number or name; None draws without a class
         num_images           how many images: 1 by default, or as many as there are labels
@@ -267,7 +271,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                     raise ValueError(f"callback_on_step_end returned {sorted(extra)}; it can only replace 'latents'")
                 return returned.get("latents")
 
-            x, report = sample(
+            x, report = yield from course(
                 self.transformer,
                 self.scheduler,
                 plan,
@@ -289,6 +293,35 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         if not return_dict:
             return images, report  # type: ignore[return-value]
         return FixedPointDiTPipelineOutput(images, report)
+
+    __call__ = answered(drawing)
+
+    def continuous(
+        self, calls: Iterable[Mapping[str, Any]], batch_size: int = 64
+    ) -> Iterator[tuple[int, FixedPointDiTPipelineOutput]]:
+        """Draw many calls at once, each under a plan of its own: continuous batching.
+
+        calls       the keyword arguments of each; an iterator is asked for the next one when there is room
+        batch_size  evaluations of the network at a time; an image under guidance counts twice
+
+        Yields the number of each call and what `pipe(**call)` would return, as they finish. Samples at different
+        timesteps and iterations share every pass of the shared block, and leave room for others when they are solved:
+        for many small calls of different plans. Images of one plan are drawn as fast in one call.
+        Raises ValueError for what a call would refuse: before anything runs where `calls` is a list, else once those
+        that are under way are finished. And for a solver other than Picard, an explicit network, and an offloaded one.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        if hasattr(self.transformer, "_hf_hook"):
+            raise ValueError("an offloaded network is called as a whole: draw its calls one after the other")
+        for call in calls if isinstance(calls, Sequence) else ():
+            next(self.drawing(**call))
+        bars = dict(getattr(self, "_progress_bar_config", {}))
+        self.set_progress_bar_config(**{**bars, "disable": True})  # each call would show one
+        try:
+            yield from continuous((self.drawing(**call) for call in calls), batch_size)
+        finally:
+            self.set_progress_bar_config(**bars)
 
     def _noise(self, latents: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
         noise = initial_noise(self.transformer, generators)

@@ -1,5 +1,6 @@
 """`fpdm sample`: its options reach the sampling, tuned plans are used and told of, one command at a time per folder."""
 
+import io
 import json
 import shutil
 import signal
@@ -15,6 +16,8 @@ from PIL import Image
 from fpdm.cli.main import main
 from fpdm.experiments import trace
 from fpdm.imaging import grid
+from fpdm.models import FixedPointDiT
+from fpdm.models.int8 import BACKEND
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import TunedPlan, save_plans
 from tests.commands import refusal, wait_for
@@ -98,6 +101,27 @@ def test_an_option_of_the_plan_reaches_the_sampling(option, value, kept, same, m
     assert (images == plain[0]) is same
     assert report["planned"] == 40
     assert report["spent"] < 40 if value == "0.5" and option == "--tolerance" else report["spent"] == 40
+
+
+@pytest.mark.skipif(bool(BACKEND.missing()), reason=BACKEND.missing() or "-")
+def test_int8_draws_nearly_the_same_under_the_same_plan_and_is_another_model(models, plain, tmp_path, capsys):
+    images, request, report = drawn(models["looped"], tmp_path, *BUDGET, "--dtype", "int8")
+    assert images.keys() == plain[0].keys()
+    assert images != plain[0]
+    for name in images:
+        one, other = (np.asarray(Image.open(io.BytesIO(found[name])), dtype=float) for found in (images, plain[0]))
+        assert np.abs(one - other).mean() < 8  # of 255
+    assert {**request, "model": plain[1]["model"]} == plain[1]
+    assert request["model"] != plain[1]["model"]
+    assert report["spent"] == plain[2]["spent"]
+    assert "of another request" in refused(capsys, models["looped"], tmp_path, *BUDGET)
+
+
+def test_a_compiled_network_draws_the_same(models, plain, tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(FixedPointDiT, "compile_repeated_blocks", lambda self: made.append(self))
+    assert drawn(models["looped"], tmp_path, *BUDGET, "--compile")[0] == plain[0]
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize(

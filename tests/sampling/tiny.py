@@ -29,13 +29,14 @@ def contracting(**settings):
 MODEL, DIT, CALM = tiny(num_core=2), randomised(DiT(**SIZES, depth=3)), contracting()
 
 
-def run(model=MODEL, *, indices=(0, 1), plan=None, labels=(0, 2), template=TEMPLATE, spoil=None, **choices):
-    """Images and report of a few keyed images, in three timesteps. `spoil` is handed the noise and returns another."""
+def run(model=MODEL, *, indices=(0, 1), plan=None, labels=(0, 2), template=TEMPLATE, spoil=None, by=sample, **choices):
+    """Images and report of a few keyed images, in three timesteps. `spoil` is handed the noise and returns another.
+    `by=course` returns their course instead."""
     plan = plan or make_plan(cost_of(model), iterations=[2, 1, 3])
     generators = image_generators(5, indices)
     noise = initial_noise(model, generators)
     noise = noise if spoil is None else spoil(noise)
-    return sample(model, template, plan, noise, None if labels is None else torch.tensor(labels), generators, **choices)
+    return by(model, template, plan, noise, None if labels is None else torch.tensor(labels), generators, **choices)
 
 
 def count_blocks(model):

@@ -10,11 +10,12 @@ from fpdm.fixedpoint.gradients import (
 )
 from fpdm.fixedpoint.implicit import Implicit
 from fpdm.fixedpoint.products import only_of_inputs
-from fpdm.fixedpoint.solve import Solution, Status, relative_residual, solve
+from fpdm.fixedpoint.running import Running, Status, relative_residual, residuals
+from fpdm.fixedpoint.solve import Solution, solve
 from fpdm.fixedpoint.solvers import Anderson, Broyden, Picard, Solver
 from fpdm.fixedpoint.spec import Solve
 from fpdm.fixedpoint.stopping import FixedIterations, Stopping, Tolerance, check_tolerance
-from fpdm.fixedpoint.trees import detach, select
+from fpdm.fixedpoint.trees import detach, joined, mapped, put, select
 
 __all__ = [
     "Anderson",
@@ -26,6 +27,7 @@ __all__ = [
     "MultiStepJacobianFree",
     "Phantom",
     "Picard",
+    "Running",
     "Solution",
     "Solve",
     "Solver",
@@ -36,8 +38,12 @@ __all__ = [
     "Unroll",
     "check_tolerance",
     "detach",
+    "joined",
+    "mapped",
     "only_of_inputs",
+    "put",
     "relative_residual",
+    "residuals",
     "select",
     "solve",
 ]

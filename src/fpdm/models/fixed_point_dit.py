@@ -130,21 +130,27 @@ class FixedPointDiT(Denoiser):
         (B, N, D) is where z starts, `solution.value` of another call for instance; without it z starts at u.
         Raises ValueError if both or neither of iterations and solve are given, or for a misshaped x or init.
         """
-        # fmt: off
         solve = _one_of(iterations, solve)
+        u, context, c = self.encode(x, t, y)
+        z = u if init is None else _fitting(init, u)  # (B, N, D)
+        solution = solve(self._segment(self.core), z, context)  # (B, N, D)
+        exits = {k: self.decode(z, c) for k, z in solution.kept.items()}
+        return Output(self.decode(solution.value, c), solution, exits)
+
+    def encode(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> tuple[Tensor, Context, Tensor]:
+        """What comes before the fixed point: u (B, N, D), the context of the solve, and the conditioning (B, D) of
+        `decode`."""
+        # fmt: off
         tokens, time, label = self._embed(x, t, y)                     # (B, N, D), (B, D), (B, D)
         c = condition(time, label)                                     # (B, D)
         c_outer = c if self.config.time_in_pre_post else condition(label)
         u = self._run_blocks(self.pre, tokens, c_outer)                # (B, N, D)
-        z = u if init is None else _fitting(init, u)                   # (B, N, D)
-        context = self.core.prepare(u, c)
-        solution = solve(self._segment(self.core), z, context)         # (B, N, D)
-        exits = {k: self._decode(z, c_outer) for k, z in solution.kept.items()}
-        return Output(self._decode(solution.value, c_outer), solution, exits)
+        return u, self.core.prepare(u, c), c_outer
         # fmt: on
 
-    def _decode(self, z: Tensor, c: Tensor) -> Tensor:
-        return self._unembed(self._run_blocks(self.post, z, c), c)  # (B, C or 2C, H, W)
+    def decode(self, z: Tensor, c: Tensor) -> Tensor:
+        """What comes after it: the prediction (B, C or 2C, H, W) from a solution (B, N, D) and conditioning (B, D)."""
+        return self._unembed(self._run_blocks(self.post, z, c), c)
 
 
 def _one_of(iterations: int | None, solve: Solve | None) -> Solve:

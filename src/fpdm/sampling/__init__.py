@@ -11,12 +11,13 @@ from fpdm.sampling.budget import (
     fitting,
     make_plan,
 )
+from fpdm.sampling.continuous import continuous
 from fpdm.sampling.guidance import Guidance
 from fpdm.sampling.operations import cost_of, operations_of, total
 from fpdm.sampling.profile import Profile, measure_profile
 from fpdm.sampling.report import Report
 from fpdm.sampling.reuse import REUSE, check_reuse
-from fpdm.sampling.sampler import image_generators, initial_noise, sample
+from fpdm.sampling.sampler import Call, answered, course, image_generators, initial_noise, sample
 from fpdm.sampling.schedulers import SCHEDULERS, Stepper, calls_of, trailing_timesteps
 from fpdm.sampling.solvers import SOLVERS, solver_of
 from fpdm.sampling.spending import Purse
@@ -30,6 +31,7 @@ __all__ = [
     "REUSE",
     "SCHEDULERS",
     "SOLVERS",
+    "Call",
     "Cost",
     "Guidance",
     "Plan",
@@ -40,11 +42,14 @@ __all__ = [
     "Stepper",
     "TunedPlan",
     "add_plans",
+    "answered",
     "apportion",
     "calls_of",
     "check_allocation",
     "check_reuse",
+    "continuous",
     "cost_of",
+    "course",
     "fitting",
     "image_generators",
     "initial_noise",

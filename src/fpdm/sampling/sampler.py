@@ -1,20 +1,23 @@
 """Model + scheduler + plan -> images and a report.
 
-Nothing is kept between calls: what is carried over from timestep to timestep is in local variables, the scheduler is
-built anew, and every random number comes from the generator of its image.
+A sampling is a generator, its course: it yields the evaluations of the network that it needs, one per timestep, and is
+sent what comes of them. `sample` answers one course; `continuous` answers many at once. Nothing is kept between calls:
+what is carried over from timestep to timestep is in local variables, the scheduler is built anew, and every random
+number comes from the generator of its image.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from fpdm.fixedpoint import Picard, Solution, Solve, Solver
 from fpdm.keyed import generator
-from fpdm.models import Denoiser
+from fpdm.models import Denoiser, Output
 from fpdm.sampling.budget import Plan
 from fpdm.sampling.guidance import Guidance
 from fpdm.sampling.operations import cost_of, operations_of
@@ -25,6 +28,33 @@ from fpdm.sampling.spending import Purse
 
 PICARD, NO_GUIDANCE = Picard(), Guidance()
 OnStep = Callable[[int, int, Tensor], Tensor | None]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Call:
+    """An evaluation of the network that a course waits for.
+
+    x      (rows, C, H, W), rows being the images, or twice them where they are guided
+    t      the timestep
+    y      (rows,) classes
+    solve  how the fixed point is to be found; None for a network without one
+    init   (rows, N, D) where it starts, None for the network's own start
+    """
+
+    model: Denoiser
+    x: Tensor
+    t: int
+    y: Tensor
+    solve: Solve | None = None
+    init: Tensor | None = None
+
+    def answer(self) -> Output:
+        return self.model(self.x, self.t, self.y, solve=self.solve, init=self.init)  # type: ignore[no-any-return]
+
+
+Course = Generator[Call, Output, tuple[Tensor, Report]]
 
 
 def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
@@ -38,8 +68,7 @@ def initial_noise(model: Denoiser, generators: Sequence[torch.Generator]) -> Ten
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
-@torch.no_grad()
-def sample(
+def course(
     model: Denoiser,
     template: Any,
     plan: Plan,
@@ -54,8 +83,9 @@ def sample(
     reuse: str = "plain",
     guidance: Guidance = NO_GUIDANCE,
     on_step: OnStep | None = None,
-) -> tuple[Tensor, Report]:
-    """Draw images (B, C, H, W) float32 from `noise` of that shape, of classes `labels` (B,) or none.
+) -> Course:
+    """The course of images (B, C, H, W) float32 from `noise` of that shape, of classes `labels` (B,) or none.
+    It returns them and their report. Nothing in it is to have a gradient, which is up to who answers.
 
     template    a diffusers scheduler, of which a fresh one of kind `scheduler` is made
     plan        iterations per timestep; spent exactly, or at most under a tolerance
@@ -75,10 +105,11 @@ def sample(
         guided, level = guidance.at(t), stepper.level(index)
         inputs, classes = (torch.cat([x, x]), torch.cat([y, null])) if guided else (x, y)
         if iterations is None:
-            output = model(inputs, t, classes)
+            output = yield Call(model, inputs, t, classes)
         else:
             solve = Solve(stopping=purse.stopping(iterations, guidance, guided), solver=solver)
-            output = model(inputs, t, classes, solve=solve, init=carry.start(level, len(inputs)))
+            output = yield Call(model, inputs, t, classes, solve, carry.start(level, len(inputs)))
+            assert output.solution is not None
             carry.add(level, output.solution.value)
             if tolerance is not None:
                 purse.spend(iterations, guidance, guided, output.solution.iterations.tolist())
@@ -96,3 +127,23 @@ def sample(
     guided_at = [guidance.at(t) for t in stepper.timesteps]
     costs = cost_of(model), operations_of(model)
     return x, report_of(plan, *costs, stepper.timesteps, solutions, x, guided_at, purse, seconds)
+
+
+def answered(begin: Callable[P, Generator[Call, Output, R]]) -> Callable[P, R]:
+    """The function that runs a course to its end, each call by itself."""
+
+    @torch.no_grad()
+    @wraps(begin)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        running = begin(*args, **kwargs)
+        try:
+            call = next(running)
+            while True:
+                call = running.send(call.answer())
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+
+    return run
+
+
+sample = answered(course)
