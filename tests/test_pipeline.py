@@ -508,7 +508,14 @@ def test_indices_next_to_generators_are_refused(pipe):
 
 CALLS = [
     {"class_labels": ["cat", "owl"], "budget": 12, "seed": 1},
-    {"class_labels": 1, "num_images": 3, "num_inference_steps": 2, "iterations": [1, 3], "seed": 2, "scheduler": "unipc"},
+    {
+        "class_labels": 1,
+        "num_images": 3,
+        "num_inference_steps": 2,
+        "iterations": [1, 3],
+        "seed": 2,
+        "scheduler": "unipc",
+    },
     {"budget": 20, "tolerance": 0.5, "seed": 3, "output_type": "np"},
     {"class_labels": 0, "budget": 12, "guidance_scale": 3.0, "seed": 4, "return_dict": False},
 ]
