@@ -2,7 +2,8 @@
 
     python benchmarks/precision.py --data DIR --out FOLDER      writes FOLDER/precision.json; DIR holds Fashion-MNIST
 
-The same 5,000 images, by seed, in each precision, against the test images. The same command goes on where it was stopped.
+The same 5,000 images, by seed, in each precision, against the test images. The same command goes on after any
+interruption.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from fpdm.experiments.sweep import all_points, run_sweep
 from fpdm.files import write_json
 
 MODEL, BUDGETS, IMAGES = "fashion-mnist", (24, 40, 80), 5000
-PRECISIONS = ("float32", "bfloat16", "int8")
+PRECISIONS = ("float32", "int8", "bfloat16")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Draw the plots of the docs that come from kept results.
 
-python scripts/write_plots.py          writes docs/images/solver_images.png, and one of each table of reproduction.md
+python scripts/write_plots.py          writes docs/images/solver_images.png, shares.png, and one of each table of
+                                       reproduction.md
 """
 
 import json
@@ -17,6 +18,7 @@ from fpdm.experiments.show import plot
 
 ROOT = Path(__file__).parents[1]
 REPRODUCTION = "benchmarks/results/2026-11-23-reproduction"
+PERFORMANCE = "benchmarks/results/2026-11-23-performance/performance.json"
 LADDERS = {"digits": "2026-11-23-ladder-digits", "Fashion-MNIST": "2026-11-23-ladder-fashion"}
 SOLVERS, COUNTS, BUDGETS = {"picard": "o", "anderson:2": "s", "broyden": "^"}, (2, 4, 8), {40: "C0", 80: "C1"}
 
@@ -54,7 +56,24 @@ def solver_images(path: Path) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 
+def shares(path: Path) -> None:
+    """The share of the matrix rate that an iteration reaches, a line per width."""
+    rows = json.loads((ROOT / PERFORMANCE).read_text())["parts"]["shares"]["rows"]
+    figure, axis = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for width in sorted({row["width"] for row in rows}):
+        own = [row for row in rows if row["width"] == width]
+        axis.plot([r["batch"] for r in own], [r["share of the matrix rate"] for r in own], "o-", label=f"{width} wide")
+    batches = sorted({row["batch"] for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(batches, [str(n) for n in batches])
+    axis.set(xlabel="batch, of 256 tokens each", ylabel="share of the matrix rate", ylim=(0, 1.05))
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    figure.savefig(path, format="png", dpi=110)
+
+
 if __name__ == "__main__":
+    shares(ROOT / "docs/images/shares.png")
     solver_images(ROOT / "docs/images/solver_images.png")
     for result in sorted((ROOT / REPRODUCTION).glob("*.json")):
         plot(json.loads(result.read_text()), ROOT / "docs/images" / f"{result.stem}.png")

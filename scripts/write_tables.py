@@ -144,7 +144,7 @@ def solvers(path: str, *counts: str) -> str:
 
 
 def stopping(path: str) -> str:
-    result = json.loads((ROOT / path).read_text())
+    result = json.loads((ROOT / path).read_text())["parts"]["stopping"]
     lines = [row(["finished early", "sum of iterations", "seconds"]), row(["---"] * 3)]
     for r in result["rows"]:
         low, high = r["quartiles"]
@@ -225,6 +225,37 @@ def performance(path: str) -> str:
     return "\n".join(lines)
 
 
+def parts_of(path: str, part: str) -> list[dict[str, Any]]:
+    return json.loads((ROOT / path).read_text())["parts"][part]["rows"]  # type: ignore[no-any-return]
+
+
+def int8(path: str) -> str:
+    """How many times as fast as float32 calls of the network are."""
+    names = {"int8": "not compiled", "compiled float32": "compiled float32", "compiled int8, to that": "ratio",
+             "a linear layer alone": "linear layer"}  # fmt: skip
+    lines = [row(["batch", *names]), row(["---"] * (1 + len(names)))]
+    for one in parts_of(path, "int8"):
+        lines.append(row([str(one["batch"]), *(f"{one[name]:.2f}" for name in names.values())]))
+    return "\n".join(lines)
+
+
+def precision(path: str) -> str:
+    """Quality by precision and budget, with what it is to float32."""
+    rows = json.loads((ROOT / path).read_text())["rows"]
+    budgets, kinds = sorted({r["budget"] for r in rows}), list(dict.fromkeys(r["dtype"] for r in rows))
+    found = {(r["dtype"], r["budget"]): f"{r['value']:.3f} ({r['to float32']:.3f})" for r in rows}
+    lines = [row(["block passes", *map(str, budgets)]), row(["---"] * (1 + len(budgets)))]
+    return "\n".join([*lines, *(row([kind, *(found[kind, b] for b in budgets)]) for kind in kinds)])
+
+
+def continuous(path: str) -> str:
+    """What other ways to draw take, relative to continuous batching."""
+    lines = [row(["", "drawn otherwise", "seconds, to those of continuous batching"]), row(["---"] * 3)]
+    for one in parts_of(path, "continuous"):
+        lines += [row([one["what"], way, f"{seconds:.2f}"]) for way, seconds in one["of others"].items()]
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "experiment": experiment,
     "metrics": metrics,
@@ -238,6 +269,9 @@ TABLES: dict[str, Callable[..., str]] = {
     "memory": memory,
     "memory_compared": memory_compared,
     "performance": performance,
+    "int8": int8,
+    "precision": precision,
+    "continuous": continuous,
     "soak": soak,
 }
 

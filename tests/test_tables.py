@@ -110,12 +110,12 @@ def test_solvers_are_relative_to_plain_iteration(tables, tmp_path):
 
 def test_stopping_compares_seconds_with_sums_of_iterations(tables, tmp_path):
     row = {"finished early": 8, "of": 32, "ratio of seconds": 0.789, "quartiles": [0.75, 0.8], "ratio of sums": 0.775}
-    path = written(tmp_path / "stopping.json", {"rows": [row]})
+    path = written(tmp_path / "stopping.json", {"parts": {"stopping": {"rows": [row]}}})
     assert cells(tables.stopping(path))[2:] == [["8 of 32", "0.78", "0.79 (0.75 to 0.80)"]]
 
 
 def test_tables_take_the_place_of_what_stood_between_the_marks(tables, tmp_path):
-    path = written(tmp_path / "stopping.json", {"rows": []})
+    path = written(tmp_path / "stopping.json", {"parts": {"stopping": {"rows": []}}})
     text = f"before\n<!-- table stopping {path} -->\nold\nlines\n<!-- end -->\nafter\n"
     found = tables.rendered(text)
     assert found.splitlines()[2:4] == tables.stopping(path).splitlines()
