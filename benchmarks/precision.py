@@ -1,4 +1,4 @@
-"""What drawing in bfloat16 or int8 costs in quality: the model inside the package, with its tuned plans.
+"""What drawing in int8 costs in quality: the model inside the package, with its tuned plans.
 
     python benchmarks/precision.py --data DIR --out FOLDER      writes FOLDER/precision.json; DIR holds Fashion-MNIST
 
@@ -15,7 +15,7 @@ from fpdm.experiments.sweep import all_points, run_sweep
 from fpdm.files import write_json
 
 MODEL, BUDGETS, IMAGES = "fashion-mnist", (24, 40, 80), 5000
-PRECISIONS = ("float32", "int8", "bfloat16")
+PRECISIONS = ("float32", "int8")
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
         run_sweep([MODEL], Axes(BUDGETS, (), seeds=(REPORTING,), tuned=True), settings, folder, options.processes)
         for point in all_points(folder):
             measured = point["evaluation"]["measures"][0]
-            row = {"dtype": dtype, "budget": point["budget"], **measured, "seconds": point["report"]["seconds"]}
+            row = {"dtype": dtype, "budget": point["budget"], **measured, "seconds": point["seconds"]}
             rows.append(row)
             made_with = point["made_with"]
     plain = {row["budget"]: row["value"] for row in rows if row["dtype"] == PRECISIONS[0]}

@@ -45,6 +45,25 @@ class Processes:
             raise refusal
 
 
+def check_compiler(device: str) -> None:
+    """Raises ValueError if torch.compile has nothing to compile with for a device."""
+    if device.startswith("cuda"):
+        from torch.utils._triton import has_triton  # of torch's own inner parts, which take long to import
+
+        missing = "" if has_triton() else "Triton, which there is not: install it"
+    else:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+            missing = ""
+        except InvalidCxxCompiler:
+            missing = "a C++ compiler, which there is not: install g++ or clang++, name it in the environment as CXX"
+    if missing:
+        raise ValueError(f"--compile needs {missing}, or leave --compile out")
+
+
 def pick_device(name: str) -> str:
     """`name`, or for "auto" the best there is. Raises ValueError for a device that is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}

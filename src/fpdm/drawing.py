@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from fpdm.data import write_npz
-from fpdm.devices import Processes, pick_device
+from fpdm.devices import Processes, check_compiler, pick_device
 from fpdm.files import hold, read_json, write_aside, write_json
 from fpdm.imaging import grid
 from fpdm.models import to_int8
@@ -75,10 +75,12 @@ class Choices:
 def load_pipeline(folder: str, device: str, dtype: str, *, compiled: bool = False) -> FixedPointDiTPipeline:
     """The pipeline in a folder, placed on its device; `compiled` compiles its blocks at the first call.
 
-    Raises ValueError for damaged files, a device that is not there, or a dtype that is none or not for it.
+    Raises ValueError for damaged files, a device or compiler that is not there, or a dtype that is none or not for it.
     """
     device = pick_device(device)
     check_precision(dtype)
+    if compiled:
+        check_compiler(device)
     try:
         pipe = FixedPointDiTPipeline.from_pretrained(folder)
     except (OSError, SafetensorError) as error:

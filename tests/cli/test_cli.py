@@ -104,7 +104,7 @@ def test_refused(arguments, words, capsys, tmp_path, monkeypatch):
         (["--scheduler", "dpm"], ["dpm", "dpm++"]),
         (["--guid", "2"], ["--guid", "'--guidance-scale'"]),
         (["--device", "cuda"], ["cuda", "cpu"]),
-        (["--dtype", "int8"], ["int8", "float32"]),
+        (["--dtype", "int4"], ["int4", "float32"]),
         (["--num-images", "0"], ["at least 1"]),
     ],
 )

@@ -280,7 +280,7 @@ def test_what_cannot_be_measured_is_refused_for_samples(others, folder, tmp_path
         (["--budget", "2"], ["3"]),
         (["--classes", "11"], ["class 11", "0 to 9"]),
         (["--scheduler", "dpm"], ["dpm", "dpm++"]),
-        (["--dtype", "int8"], ["int8", "float32"]),
+        (["--dtype", "int4"], ["int4", "float32"]),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(model, tmp_path, capsys, monkeypatch, arguments, words):

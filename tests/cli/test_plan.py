@@ -175,7 +175,7 @@ def test_a_plot_of_the_plans_opens(options, models, capsys, tmp_path):
         (["--model", "{looped}", "--scheduler", "dpm"], "unknown scheduler 'dpm'. Did you mean 'dpm++'?"),
         (["--model", "{looped}x"], "there is no folder"),
         (["--model", "{looped}", "--device", "cuda"], "device 'cuda' is not available here"),
-        (["--model", "{looped}", "--dtype", "int8"], "dtype 'int8' is not one of"),
+        (["--model", "{looped}", "--dtype", "int4"], "dtype 'int4' is not one of"),
         (["--bugdet", 40], "unknown option '--bugdet'. Did you mean '--budget'?"),
         (["--plot", "{nowhere}/plan.png"], "plan.png"),
     ],

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch._inductor.config
 from PIL import Image
 
+from fpdm import drawing
 from fpdm.cli.main import main
 from fpdm.experiments import trace
 from fpdm.imaging import grid
@@ -119,9 +122,17 @@ def test_int8_draws_nearly_the_same_under_the_same_plan_and_is_another_model(mod
 
 def test_a_compiled_network_draws_the_same(models, plain, tmp_path, monkeypatch):
     made = []
+    monkeypatch.setattr(drawing, "check_compiler", lambda device: None)
     monkeypatch.setattr(FixedPointDiT, "compile_repeated_blocks", lambda self: made.append(self))
     assert drawn(models["looped"], tmp_path, *BUDGET, "--compile")[0] == plain[0]
     assert len(made) == 1
+
+
+def test_without_a_compiler_nothing_is_compiled(models, tmp_path, capsys):
+    with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}):
+        message = refused(capsys, models["looped"], tmp_path / "out", *BUDGET, "--compile")
+    assert "--compile needs a C++ compiler, which there is not: install g++ or clang++" in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
