@@ -92,14 +92,16 @@ def test_a_call_larger_than_the_batch_is_made_alone():
         assert_same(found, run(CALM, **[small, big, small][number]))
 
 
-def test_one_that_diverges_is_told_and_leaves_the_others_alone():
+@pytest.mark.parametrize("tolerances", [(None, None), (None, 0.02), (0.02, None), (0.02, 0.02)])
+def test_one_that_diverges_is_told_and_leaves_the_others_alone(tolerances):
     def spoil(noise):
         return noise * torch.inf
 
-    broken, good = request(0, spoil=spoil), request(1)
+    broken, good = request(0, spoil=spoil, tolerance=tolerances[0]), request(1, tolerance=tolerances[1])
     found = dict(together([broken, good, good], 3))
+    alone = run(CALM, **broken)[1]
     assert found[0][1].diverged == 1
-    assert found[0][1].status[0] == {"diverged": 1}
+    assert (found[0][1].status, found[0][1].spent, found[0][1].running) == (alone.status, alone.spent, alone.running)
     for number in (1, 2):
         assert_same(found[number], run(CALM, **good))
 

@@ -60,7 +60,8 @@ class Mixed:
     limit: int = 0
 
     def unfinished(self, residual: Tensor) -> Tensor:
-        return residual > self.relative
+        """Those without a residual to reach always; the others not once they are broken, either."""
+        return (self.relative < 0) | ((residual > self.relative) & residual.isfinite())
 
 
 @torch.no_grad()
