@@ -127,7 +127,7 @@ def test_a_process_that_is_interrupted_goes_on_to_the_same_plans(model, whole, t
         (["--processes", 0], "--processes is 0; it must be at least 1"),
         (["--out", "file"], "file is a file: choose another place"),
         (["--device", "cuda"], "device 'cuda' is not available here"),
-        (["--dtype", "int8"], "dtype 'int8' is not one of"),
+        (["--dtype", "int4"], "dtype 'int4' is not one of"),
         (["--data", "nowhere"], "there is no nowhere"),
         (["--features", "classifer"], "unknown feature extractor 'classifer'. Did you mean 'classifier'?"),
     ],

@@ -85,9 +85,11 @@ def test_activations_grow_with_the_batch_in_a_straight_line():
 
 
 def test_iterations_without_gradient_add_nothing():
-    none, many = estimate(0, 2), estimate(4, 2)
-    assert many.activations == none.activations
-    assert many.peak == pytest.approx(none.peak, rel=1e-3)  # counters
+    none, one, many = (estimate(n, 2) for n in (0, 1, 4))
+    assert many.activations == one.activations
+    assert many.peak == pytest.approx(one.peak, rel=1e-3)  # counters
+    tokens = FLOAT * 8 * 16 * 32
+    assert one.activations - none.activations == tokens  # without any z is u, which is stored anyway
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
