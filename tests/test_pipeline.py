@@ -562,8 +562,9 @@ def test_an_offloaded_network_is_not_called_in_parts():
         list(pipe.continuous([{"budget": 12}]))
 
 
-def test_bars_are_shown_again_after_calls_at_once():
+def test_calls_at_once_show_no_bars_and_later_ones_do(capsys):
     pipe = make_pipeline()
     pipe.set_progress_bar_config(disable=False, desc="drawing")
     list(pipe.continuous([{"budget": 12}]))
+    assert capsys.readouterr().err == ""
     assert pipe._progress_bar_config == {"disable": False, "desc": "drawing"}

@@ -314,11 +314,11 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if hasattr(self.transformer, "_hf_hook"):
             raise ValueError("an offloaded network is called as a whole: draw its calls one after the other")
-        for call in calls if isinstance(calls, Sequence) else ():
-            next(self.drawing(**call))
         bars = dict(getattr(self, "_progress_bar_config", {}))
         self.set_progress_bar_config(**{**bars, "disable": True})  # each call would show one
         try:
+            for call in calls if isinstance(calls, Sequence) else ():
+                next(self.drawing(**call))
             yield from continuous((self.drawing(**call) for call in calls), batch_size)
         finally:
             self.set_progress_bar_config(**bars)
