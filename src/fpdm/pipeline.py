@@ -306,7 +306,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
         Yields the number of each call and what `pipe(**call)` would return, as they finish. Samples at different
         timesteps and iterations share every pass of the shared block, and leave room for others when they are solved:
-        for many small calls of different plans. Images of one plan are drawn as fast in one call.
+        for many small calls that come one by one. Images of one plan are drawn faster by one call.
         Raises ValueError for what a call would refuse: before anything runs where `calls` is a list, else once those
         that are under way are finished. And for a solver other than Picard, an explicit network, and an offloaded one.
         """
