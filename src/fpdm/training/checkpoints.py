@@ -58,8 +58,10 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep:
         replace_folder(folder / NAME.format(step), write)
     except (OSError, SafetensorError) as error:
         raise OSError(f"the checkpoint of step {step} cannot be written: {error}. Earlier ones are kept") from error
-    for old in (*(folder / NAME.format(step) for step in all_steps(folder)[:-keep]), *folder.glob(".step-*")):
-        shutil.rmtree(old, ignore_errors=True)  # those with a dot were left by a process that was killed
+    for name in map(NAME.format, all_steps(folder)[:-keep]):
+        (folder / name).rename(folder / f".{name}.old")  # so that none is ever half removed under its name
+    for leftover in folder.glob(".step-*"):  # these, and those of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
