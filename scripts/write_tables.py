@@ -256,6 +256,15 @@ def continuous(path: str) -> str:
     return "\n".join(lines)
 
 
+def spent(path: str) -> str:
+    """Where seconds go."""
+    names = ["products", "attention", "others", "products, of the matrix rate"]
+    lines = [row(["", "batch", *names]), row(["---"] * (2 + len(names)))]
+    for one in parts_of(path, "spent"):
+        lines.append(row([one["what"], str(one["batch"]), *(f"{one[name]:.2f}" for name in names)]))
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "experiment": experiment,
     "metrics": metrics,
@@ -272,6 +281,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "int8": int8,
     "precision": precision,
     "continuous": continuous,
+    "spent": spent,
     "soak": soak,
 }
 

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from fpdm.arguments import asked_of_solves, guidance_of
 from fpdm.data import write_npz
 from fpdm.devices import Processes, check_compiler, pick_device
 from fpdm.files import hold, read_json, write_aside, write_json
 from fpdm.imaging import grid
-from fpdm.models import to_int8
-from fpdm.pipeline import FixedPointDiTPipeline, asked_of_solves, guidance_of
+from fpdm.models import to_float8, to_int8
+from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import Guidance, Plan, Purse, Report, check_reuse
 from fpdm.weights import digest
 
@@ -26,7 +27,7 @@ GRID_IMAGES = 100
 REPORT, PART = "report.json", ".report-"
 ALONE = Processes()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INT8 = "int8"
+IN_8_BITS: dict[str, Callable[[Any], Any]] = {"int8": to_int8, "float8": to_float8}
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,11 @@ class Choices:
         )
 
 
-def load_pipeline(folder: str, device: str, dtype: str, *, compiled: bool = False) -> FixedPointDiTPipeline:
-    """The pipeline in a folder, placed on its device; `compiled` compiles its blocks at the first call.
+def load_pipeline(
+    folder: str, device: str, dtype: str, *, compiled: bool = False, graphs: bool = False
+) -> FixedPointDiTPipeline:
+    """The pipeline in a folder, placed on its device; `compiled` compiles its blocks at the first call, and `graphs`
+    records its calls as CUDA graphs.
 
     Raises ValueError for damaged files, a device or compiler that is not there, or a dtype that is none or not for it.
     """
@@ -81,6 +85,8 @@ def load_pipeline(folder: str, device: str, dtype: str, *, compiled: bool = Fals
     check_precision(dtype)
     if compiled:
         check_compiler(device)
+    if graphs and not device.startswith("cuda"):
+        raise ValueError(f"--cuda-graphs are for a GPU, not for {device}: leave them out, or ask for --device cuda")
     try:
         pipe = FixedPointDiTPipeline.from_pretrained(folder)
     except (OSError, SafetensorError) as error:
@@ -88,25 +94,28 @@ def load_pipeline(folder: str, device: str, dtype: str, *, compiled: bool = Fals
     pipe = placed(pipe, device, dtype)
     if compiled:
         pipe.transformer.compile_repeated_blocks()
+    if graphs:
+        pipe.transformer.enable_cuda_graphs()
     return pipe
 
 
 def placed(pipe: FixedPointDiTPipeline, device: str, dtype: str) -> FixedPointDiTPipeline:
-    """A pipeline, just opened, on a device, its weights in a dtype; "int8" is of the blocks of its network alone.
+    """A pipeline, just opened, on a device, its weights in a dtype; "int8" and "float8" are of the blocks of its
+    network alone, the rest being float32, and with float8 on a GPU bfloat16.
 
-    Raises ValueError if the device cannot multiply in int8.
+    Raises ValueError if the device cannot multiply in 8 bits.
     """
-    if dtype != INT8:
+    if dtype not in IN_8_BITS:
         return pipe.to(device, dtype_of(dtype))
-    pipe.to(device)
-    to_int8(pipe.transformer)
+    pipe.to(device, torch.bfloat16 if dtype == "float8" and device.startswith("cuda") else torch.float32)
+    IN_8_BITS[dtype](pipe.transformer)
     return pipe
 
 
 def check_precision(name: str) -> None:
     """Raises ValueError for a name that no network can be drawn with."""
-    if name != INT8 and name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of {', '.join([*DTYPES, INT8])}")
+    if name not in IN_8_BITS and name not in DTYPES:
+        raise ValueError(f"dtype {name!r} is not one of {', '.join([*DTYPES, *IN_8_BITS])}")
 
 
 def dtype_of(name: str) -> torch.dtype:

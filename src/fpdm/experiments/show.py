@@ -10,6 +10,8 @@ from fpdm.experiments.page import COLOURS
 from fpdm.files import write_aside
 
 Row = dict[str, Any]
+LINES = (("-", "o"), ("--", "s"), (":", "^"))  # styles and markers, each for as many lines as there are colours
+MANY = 8  # more lines than this have their legend beside them
 
 
 def reached(result: Row, name: str) -> list[Any]:
@@ -104,10 +106,10 @@ def plot(result: Row, path: Path) -> None:
     for axis, way in zip(axes[0], ways, strict=True):
         for place, (_, name, values) in enumerate(lines_of(result, way)):
             budgets = sorted(values)
-            colour, dashed = COLOURS[place % len(COLOURS)], place >= len(COLOURS)
+            colour, (line, marker) = COLOURS[place % len(COLOURS)], LINES[place // len(COLOURS) % len(LINES)]
             means = [mean(values[b]) for b in budgets]
-            axis.plot(budgets, means, marker="s" if dashed else "o", markersize=4, linewidth=1.4, color=colour,
-                      linestyle="--" if dashed else "-", label=name)  # fmt: skip
+            axis.plot(budgets, means, marker=marker, markersize=4, linewidth=1.4, color=colour, linestyle=line,
+                      label=name)  # fmt: skip
             ends = [[f(values[b]) for b in budgets] for f in (min, max)]
             axis.fill_between(budgets, *ends, color=colour, alpha=0.15, linewidth=0)
         if result["real"]:
@@ -125,7 +127,9 @@ def plot(result: Row, path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel(f"{next(iter(result['real'] or {'distance': 0}))}, lower is better")
-    axes[0][-1].legend(fontsize=8)
+    names = axes[0][-1].get_legend_handles_labels()[1]
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if len(names) > MANY else {}  # else upon the lines
+    axes[0][-1].legend(fontsize=8, **beside)
     write_aside(path, lambda aside: figure.savefig(aside, format="png", dpi=110))
     plt.close(figure)
 
