@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import ROUNDS, compare
+from harness import ROUNDS, Timing, compare
 from textbook import Textbook
 from torch import Tensor
 
@@ -40,6 +40,24 @@ def batch_of(size: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(size, 4, 32, 32, generator=g), torch.full((size,), 500.0), torch.arange(size)
 
 
+class Ceiling:
+    """A linear layer of so many tokens, width to 4 width, by torch and by oneDNN: ways to compare with."""
+
+    def __init__(self, rows: int, width: int = 384, times: int = 10):
+        tokens, weight = torch.randn(rows, width), torch.randn(4 * width, width)
+        self.ways: dict[str, Callable[[], Any]] = {
+            "linear": lambda: [F.linear(tokens, weight) for _ in range(times)],
+            "oneDNN": lambda: [product(tokens, weight) for _ in range(times)],
+        }
+        self.operations = times * 2 * tokens.numel() * len(weight)
+
+    def share(self, operations: int, timings: dict[str, Timing]) -> Row:
+        """Of the rate of the faster one, that of so many operations in the seconds of "ours"."""
+        rate = self.operations / min(timings[way].seconds for way in self.ways)
+        achieved = operations / timings["ours"].seconds
+        return {"operations": operations, "rate": rate, "share of the matrix rate": achieved / rate}
+
+
 @torch.no_grad()
 def sampling() -> list[Row]:
     """Calls of the network with ten iterations each."""
@@ -49,25 +67,21 @@ def sampling() -> list[Row]:
     for size in BATCHES:
         x, t, y = batch_of(size)
         error = (model(x, t, y, iterations=ITERATIONS).sample - plain(x, t, y, ITERATIONS)).abs().max().item()
-        tokens, weight = torch.randn(size * 256, 384), torch.randn(1536, 384)
+        ceiling = Ceiling(size * 256)
         ways: dict[str, Callable[[], Any]] = {
             "textbook": partial(plain, x, t, y, ITERATIONS),
             "ours": partial(model, x, t, y, iterations=ITERATIONS),
             "compiled": partial(compiled, x, t, y, iterations=ITERATIONS),
-            "linear": lambda tokens=tokens, weight=weight: [F.linear(tokens, weight) for _ in range(10)],
-            "oneDNN": lambda tokens=tokens, weight=weight: [product(tokens, weight) for _ in range(10)],
+            **ceiling.ways,
         }
-        timings = compare(ways)
+        timings = compare(ways, ROUNDS if size > 1 else 3 * ROUNDS)
         operations = size * (operations_of(model).fixed + ITERATIONS * operations_of(model).per_iteration)
-        rate = 10 * 2 * tokens.numel() * 1536 / min(timings["linear"].seconds, timings["oneDNN"].seconds)
         rows.append({
             "batch": size,
             "error": error,
             **asdict(timings["ours"]),
             "compiled": timings["compiled"].ratio,
-            "operations": operations,
-            "rate": rate,
-            "share of the matrix rate": operations / timings["ours"].seconds / rate,
+            **ceiling.share(operations, timings),
         })  # fmt: skip
     return rows
 
@@ -132,17 +146,10 @@ def shares() -> list[Row]:
         model.core.requires_grad_(False)
         operations = operations_of(model).per_iteration
         for size in SIZES:
-            tokens, weight = torch.randn(size, 256, width), torch.randn(4 * width, width)
+            tokens, ceiling = torch.randn(size, 256, width), Ceiling(size * 256, width, times=1)
             context, z = model.core.prepare(tokens, torch.randn(size, width)), torch.randn_like(tokens)
-            timings = compare({
-                "linear": lambda tokens=tokens, weight=weight: F.linear(tokens, weight),
-                "oneDNN": lambda tokens=tokens, weight=weight: product(tokens, weight),
-                "ours": lambda model=model, z=z, context=context: model.core(z, context),
-            }, 9)  # fmt: skip
-            fastest = min(timings["linear"].seconds, timings["oneDNN"].seconds)
-            rate = 2 * tokens.numel() * 4 * width / fastest
-            share = size * operations / timings["ours"].seconds / rate
-            rows.append({"width": width, "batch": size, "rate": rate, "share of the matrix rate": share})
+            ways = {**ceiling.ways, "ours": lambda model=model, z=z, context=context: model.core(z, context)}
+            rows.append({"width": width, "batch": size, **ceiling.share(size * operations, compare(ways, 9))})
     return rows
 
 

@@ -50,12 +50,14 @@ def compare(ways: dict[str, Callable[[], Any]], rounds: int = ROUNDS, device: st
     return found
 
 
-def bandwidth(megabytes: int = 256) -> float:
+def bandwidth(device: str = "cpu", megabytes: int = 256) -> float:
     """Bytes per second of a copy within memory, read and written both counted: the best of five."""
-    source = torch.ones(megabytes * 2**18)
+    source = torch.ones(megabytes * 2**18, device=device)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(5):
         started = time.perf_counter()
         target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
     return 2 * source.numel() * 4 / best

@@ -1,12 +1,14 @@
 """What sampling and training take, beside the textbook form, diffusers, and the machine's own ceiling.
 
-    python benchmarks/performance.py [PART ...] --out FOLDER     writes FOLDER/performance.json, adds parts to it
+    python benchmarks/performance.py [PART ...] --out FOLDER                  writes FOLDER/performance.json
+    python benchmarks/performance.py [PART ...] --out FOLDER --device cuda    writes FOLDER/performance-cuda.json
 
-Parts, all by default: sampling, block, int8, shares, stopping, continuous (drawing.py), training, start. Opponents run
-in the same process, in turns with ours (harness.py): the textbook form (textbook.py), and diffusers'
-DiTTransformer2DModel at the same width. The ceiling is a float32 linear layer, 384 to 1536, at the rows of the network,
-by torch or by oneDNN, whichever is faster: they take turns with the others. Operations are two per multiply-add of
-linear layers and attention. The network has size S/2 and the paper's form: 384 wide, 6 heads, 256 tokens.
+Parts are added to what is there. On a CPU they are sampling, block, int8, shares, stopping, continuous (drawing.py),
+training, spent (spent.py) and start; on a GPU loop, gaps and training (gpu.py). Opponents run in the same process, in
+turns with ours (harness.py): the textbook form (textbook.py), and diffusers' DiTTransformer2DModel at the same width.
+On a CPU the ceiling is a float32 linear layer, 384 to 1536, at the rows of the network, by torch or by oneDNN,
+whichever is faster: they take turns with the others. Operations are two per multiply-add of linear layers and
+attention. The network has size S/2 and the paper's form: 384 wide, 6 heads, 256 tokens.
 """
 
 import argparse
@@ -19,45 +21,54 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import drawing
+import gpu
 import torch
-from drawing import Row, batch_of, network
+from drawing import Ceiling, Row, batch_of, network
 from harness import bandwidth, compare
 from memory import allocated
+from spent import NO_GRAD, WITH_GRAD, spent, training_step
 from textbook import Textbook
 
 from fpdm import FixedPointDiTPipeline
+from fpdm.devices import pick_device
 from fpdm.diffusion import make_schedule
 from fpdm.files import read_json, write_json
-from fpdm.fixedpoint import MultiStepJacobianFree, Solve
 from fpdm.machine import made_with
 from fpdm.models import FixedPointDiT
+from fpdm.sampling import operations_of
 
-NO_GRAD, WITH_GRAD = 10, 12
+Bar = tuple[str, float, bool]
 
 
 def training() -> list[Row]:
     """A forward and backward pass with the most iterations of N = 10 and M = 12, and the memory at its peak."""
     model = network()
     plain = Textbook(model)
-    solve = Solve(gradient=MultiStepJacobianFree(NO_GRAD, WITH_GRAD))
-    x, t, y = batch_of(8)
-
-    def ours() -> None:
-        model.zero_grad()
-        model(x, t, y, solve=solve).sample.square().mean().backward()
+    ours, (x, t, y) = training_step(model, 8), batch_of(8)
 
     def textbook() -> None:
         plain.zero_grad()
         plain(x, t, y, NO_GRAD + WITH_GRAD, WITH_GRAD).square().mean().backward()
 
-    timing = compare({"textbook": textbook, "ours": ours}, 5)["ours"]
+    ceiling = Ceiling(8 * 256)
+    timings = compare({"textbook": textbook, "ours": ours, **ceiling.ways}, 7)
+    per_call = operations_of(model)
+    operations = 8 * (
+        3 * per_call.fixed + (NO_GRAD + 3 * WITH_GRAD) * per_call.per_iteration
+    )  # backward: twice forward
     norms = [torch.stack([p.grad.norm() for p in m.parameters() if p.grad is not None]).norm() for m in (model, plain)]
     peaks = {}
     for name, step, m in (("ours", ours, model), ("textbook", textbook, plain)):
         m.zero_grad()
         peaks[name] = allocated(step)
-    return [{"batch": 8, **asdict(timing), "error": abs(1 - (norms[0] / norms[1]).item()), "peaks": peaks,
-             "memory": peaks["ours"] / peaks["textbook"]}]  # fmt: skip
+    return [{
+        "batch": 8,
+        **asdict(timings["ours"]),
+        **ceiling.share(operations, timings),
+        "error": abs(1 - (norms[0] / norms[1]).item()),
+        "peaks": peaks,
+        "memory": peaks["ours"] / peaks["textbook"],
+    }]  # fmt: skip
 
 
 ITERATE = """
@@ -92,10 +103,11 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "stopping": drawing.stopping,
     "continuous": drawing.together,
     "training": training,
+    "spent": spent,
     "start": start,
 }
 # Of a part: the number that is held against a bar, the bar, and whether more is better.
-BARS = {
+BARS: dict[str, list[Bar]] = {
     "sampling": [("ratio", 1.3, True), ("share of the matrix rate", 0.75, True), ("error", 1e-4, False)],
     "block": [("ratio", 1 / 1.15, True)],
     "int8": [("ratio", 1.8, True)],
@@ -103,13 +115,14 @@ BARS = {
     "stopping": [("to the sum", 1.15, False)],
     "continuous": [],
     "training": [("ratio", 1.25, True), ("memory", 0.6, False)],
+    "spent": [],
     "start": [("beyond", 1.5, False)],
 }
 
 
-def tell(part: str, rows: list[Row]) -> None:
+def tell(part: str, rows: list[Row], bars: list[Bar]) -> None:
     for row in rows:
-        for name, bar, more in BARS[part]:
+        for name, bar, more in bars:
             held = row[name] >= bar if more else row[name] <= bar
             spread = f" ({row['low']:.2f} to {row['high']:.2f})" if name == "ratio" else ""
             where = f", batch {row['batch']}" if "batch" in row else ""
@@ -119,24 +132,22 @@ def tell(part: str, rows: list[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="of those above (all)")
     parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     options = parser.parse_args()
-    if unknown := set(options.parts) - set(PARTS):
-        parser.error(f"unknown part {min(unknown)}; there are {', '.join(PARTS)}")
+    device = pick_device(options.device)
+    parts, bars = (gpu.PARTS, gpu.BARS) if device == "cuda" else (PARTS, BARS)
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"unknown part {min(unknown)}; there are {', '.join(parts)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / "performance.json"
+    path = options.out / ("performance.json" if device == "cpu" else f"performance-{device}.json")
     result = read_json(path) if path.is_file() else {"parts": {}}
-    for part in options.parts or PARTS:
-        rows = PARTS[part]()
-        result["parts"][part] = {
-            "rows": rows,
-            "bars": BARS[part],
-            "made_with": made_with("cpu"),
-            "bandwidth": bandwidth(),
-        }
+    for part in options.parts or parts:
+        rows, made = parts[part](), made_with(device)
+        result["parts"][part] = {"rows": rows, "bars": bars[part], "made_with": made, "bandwidth": bandwidth(device)}
         write_json(path, result)
-        tell(part, rows)
+        tell(part, rows, bars[part])
 
 
 if __name__ == "__main__":

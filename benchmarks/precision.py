@@ -1,4 +1,4 @@
-"""What drawing in int8 costs in quality: the model inside the package, with its tuned plans.
+"""What drawing in 8 bits costs in quality: the model inside the package, with its tuned plans.
 
     python benchmarks/precision.py --data DIR --out FOLDER      writes FOLDER/precision.json; DIR holds Fashion-MNIST
 
@@ -15,7 +15,7 @@ from fpdm.experiments.sweep import all_points, run_sweep
 from fpdm.files import write_json
 
 MODEL, BUDGETS, IMAGES = "fashion-mnist", (24, 40, 80), 5000
-PRECISIONS = ("float32", "int8")
+PRECISIONS = ("float32", "int8", "float8")
 
 
 def main() -> None:

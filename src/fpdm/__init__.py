@@ -28,6 +28,7 @@ _HOMES = {
     "Tolerance": "fpdm.fixedpoint",
     "Unroll": "fpdm.fixedpoint",
     "make_plan": "fpdm.sampling",
+    "to_float8": "fpdm.models",
     "to_int8": "fpdm.models",
 }
 __all__ = list(_HOMES)
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
         Tolerance,
         Unroll,
     )
-    from fpdm.models import DiT, FixedPointDiT, to_int8
+    from fpdm.models import DiT, FixedPointDiT, to_float8, to_int8
     from fpdm.pipeline import FixedPointDiTPipeline
     from fpdm.sampling import Plan, Report, make_plan
 

@@ -1,7 +1,5 @@
 """FixedPointDiTPipeline: a trained model as a diffusers pipeline."""
 
-import math
-import operator
 import os
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,8 +13,9 @@ from diffusers.utils import BaseOutput, logging
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
+from fpdm.arguments import NO_GUIDANCE, asked_of_solves, generators_of, guidance_of, labels_of
 from fpdm.files import shipped
-from fpdm.fixedpoint import Picard, Solver, Status
+from fpdm.fixedpoint import Solver, Status
 from fpdm.models import Output
 
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
@@ -37,7 +36,6 @@ from fpdm.sampling import (
     continuous,
     cost_of,
     course,
-    image_generators,
     initial_noise,
     load_plans,
     make_plan,
@@ -48,7 +46,6 @@ from fpdm.sampling import (
 
 logger = logging.get_logger(__name__)
 
-NO_GUIDANCE, EVERYWHERE = Guidance(), (0.0, math.inf)
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
@@ -171,20 +168,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
         Raises ValueError for a class that the model does not have.
         """
-        if classes is None:
-            return None
-        if hasattr(classes, "tolist"):  # NumPy's and torch's numbers and arrays
-            classes = classes.tolist()
-        listed = list(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else [classes]
-        count, names = self.transformer.config.num_classes, self.class_names
-        if count == 0:
-            raise ValueError("this model is unconditional: it has no classes. Leave class_labels out")
-        numbers = [_class_number(label, count, names) for label in listed]
-        if num_images not in (None, len(numbers)) and len(numbers) != 1:
-            raise ValueError(
-                f"num_images is {num_images} and there are {len(numbers)} class labels: give one of the two"
-            )
-        return torch.tensor(numbers * num_images if num_images is not None and len(numbers) == 1 else numbers)
+        return labels_of(classes, num_images, self.transformer.config.num_classes, self.class_names)
 
     def drawing(
         self,
@@ -256,7 +240,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         self.check_inputs(plan, labels, scheduler, guidance, output_type, callback_on_step_end_tensor_inputs, solving)
         count = (1 if num_images is None else num_images) if labels is None else len(labels)
         Purse(count, tolerance, pooled)  # which refuses what cannot be
-        generators = _generators(generator, seed, image_indices, count)
+        generators = generators_of(generator, seed, image_indices, count)
         noise = self._noise(latents, generators)
 
         with self.progress_bar(total=plan.num_steps) as bar:
@@ -338,65 +322,3 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             shift = getattr(self.vae.config, "shift_factor", None) or 0.0
             x = self.vae.decode((x / self.vae.config.scaling_factor + shift).to(self.vae.dtype)).sample.float()
         return self.image_processor.postprocess(x, output_type=output_type)
-
-
-def guidance_of(
-    scale: float, interval: Sequence[float] | None = None, channels: int | None = None, share: float = 1.0
-) -> Guidance:
-    """Raises ValueError for values that cannot be."""
-    if interval is not None and not isinstance(interval, Sequence):
-        raise ValueError(f"guidance_interval is {interval!r}; it must be two timesteps, the lower one first")
-    limits: Any = EVERYWHERE if interval is None else tuple(interval)
-    return Guidance(scale, limits, channels, share)
-
-
-def asked_of_solves(reuse: str | bool, solver: str | Solver, tolerance: float | None, pooled: bool) -> list[str]:
-    """Which of these options are not left as they are."""
-    asked = {
-        "reuse": check_reuse(reuse) == "linear" or reuse == "quadratic",
-        "solver": solver_of(solver) != Picard(),
-        "tolerance": tolerance is not None,
-        "pooled": pooled,
-    }
-    return [name for name, value in asked.items() if value]
-
-
-def _class_number(label: Any, count: int, names: list[str]) -> int:
-    if isinstance(label, str):
-        if not names:
-            raise ValueError(f"the classes of this model have no names, so not {label!r}: give a number below {count}")
-        if label not in names:
-            raise ValueError(unknown("class", label, names))
-        return names.index(label)
-    try:
-        number = operator.index(label)
-    except TypeError:
-        raise ValueError(f"class {label!r} is neither a number nor a name") from None
-    if not 0 <= number < count:
-        raise ValueError(f"class {label} is out of range: this model has classes 0 to {count - 1}")
-    return number
-
-
-def _generators(
-    given: torch.Generator | Sequence[torch.Generator] | None,
-    seed: int | None,
-    indices: Sequence[int] | None,
-    count: int,
-) -> list[torch.Generator]:
-    """One generator per image, from whichever the caller gave."""
-    if count < 1:
-        raise ValueError(f"there are {count} images to draw; it must be at least 1")
-    if given is not None and seed is not None:
-        raise ValueError("give a generator or a seed, not both")
-    if given is not None and indices is not None:
-        raise ValueError("image_indices go with a seed: leave the generator out")
-    if given is not None and not isinstance(given, torch.Generator):
-        if len(given) != count:
-            raise ValueError(f"{len(given)} generators for {count} images: give one, or one per image")
-        return list(given)
-    if indices is not None and len(indices) != count:
-        raise ValueError(f"{len(indices)} image_indices for {count} images: give one per image")
-    if seed is None:
-        device = "cpu" if given is None else given.device
-        seed = int(torch.randint(2**62, (1,), generator=given, device=device))
-    return image_generators(seed, range(count) if indices is None else indices)

@@ -20,6 +20,7 @@ from fpdm.cli.main import main
 from fpdm.experiments import trace
 from fpdm.imaging import grid
 from fpdm.models import FixedPointDiT
+from fpdm.models.float8 import float8_missing
 from fpdm.models.int8 import BACKEND
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import TunedPlan, save_plans
@@ -133,6 +134,22 @@ def test_without_a_compiler_nothing_is_compiled(models, tmp_path, capsys):
         message = refused(capsys, models["looped"], tmp_path / "out", *BUDGET, "--compile")
     assert "--compile needs a C++ compiler, which there is not: install g++ or clang++" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_graphs_are_refused_without_a_gpu(models, tmp_path, capsys):
+    message = refused(capsys, models["looped"], tmp_path / "out", *BUDGET, "--cuda-graphs")
+    assert "--cuda-graphs are for a GPU, not for cpu: leave them out" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(bool(float8_missing("cpu")), reason=float8_missing("cpu") or "-")
+def test_float8_draws_under_the_same_plan(models, plain, tmp_path):
+    images, request, report = drawn(models["looped"], tmp_path, *BUDGET, "--dtype", "float8")
+    assert images.keys() == plain[0].keys()
+    assert images != plain[0]
+    assert request["model"] != plain[1]["model"]
+    assert report["spent"] == plain[2]["spent"]
 
 
 @pytest.mark.parametrize(

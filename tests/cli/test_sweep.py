@@ -120,7 +120,7 @@ def test_a_sweep_says_where_its_report_is(models, tmp_path, capsys):
         (["--split", "tset"], "unknown split 'tset'. Did you mean 'test'?"),
         (["--split", "test"], "digits has no split 'test'"),
         (["--device", "cuda"], "device 'cuda' is not available here"),
-        (["--dtype", "int4"], "dtype 'int4' is not one of float32, bfloat16, float16, int8"),
+        (["--dtype", "int4"], "dtype 'int4' is not one of float32, bfloat16, float16, int8, float8"),
         (["{looped}x"], "there is no folder {looped}x. Did you mean {looped}?"),
         (["looped={plain}"], "two models are called looped"),
         (["{larger}"], "the models draw images of different sizes, which one sweep cannot compare: "

@@ -54,3 +54,12 @@ def test_a_compiled_run_learns_what_another_does_and_goes_on_without(backend, ch
 
 def compiled_with(module, backend):
     module._compiled_call_impl = torch.compile(module._call_impl, backend=backend)
+
+
+def test_without_a_compiler_nothing_is_begun(tmp_path):
+    with (
+        torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")}),
+        pytest.raises(ValueError, match=r"--compile needs a C\+\+ compiler"),
+    ):
+        Trainer(tiny(steps=2, compile=True, device="cpu"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

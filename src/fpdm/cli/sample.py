@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from fpdm.sampling import Report
 
 DEFAULT_BUDGET = 160
-DTYPES = "{float32,bfloat16,float16,int8}"
+DTYPES = "{float32,bfloat16,float16,int8,float8}"
 PLANNED = ("num_inference_steps", "iterations", "allocation", "reuse", "solver", "tolerance", "scheduler")
 
 
@@ -69,6 +69,8 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, num_images: int) -> N
     compute.add_argument("--dtype", default="float32", metavar=DTYPES, help="of the weights")
     compute.add_argument("--compile", action="store_true",
                          help="compile the blocks (torch.compile): seconds at first, then faster")  # fmt: skip
+    compute.add_argument("--cuda-graphs", action="store_true",
+                         help="record the kernels of a call, and play them again without Python")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -106,7 +108,7 @@ def draw(options: argparse.Namespace, processes: "Processes | None" = None) -> "
     from fpdm.drawing import draw_missing, load_pipeline, write_archive
 
     processes = processes or join_processes(options.device)
-    pipe = load_pipeline(folder, processes.device, options.dtype, compiled=options.compile)
+    pipe = load_pipeline(folder, processes.device, options.dtype, compiled=options.compile, graphs=options.cuda_graphs)
     choices = choices_of(options, pipe)
     classes = parse_classes(options.classes, pipe.transformer.config.num_classes, pipe.class_names)
     print(f"{choices.plan(pipe)} per image", flush=True)

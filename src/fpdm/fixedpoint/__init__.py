@@ -15,7 +15,7 @@ from fpdm.fixedpoint.solve import Solution, solve
 from fpdm.fixedpoint.solvers import Anderson, Broyden, Picard, Solver
 from fpdm.fixedpoint.spec import Solve
 from fpdm.fixedpoint.stopping import FixedIterations, Stopping, Tolerance, check_tolerance
-from fpdm.fixedpoint.trees import detach, joined, mapped, put, select
+from fpdm.fixedpoint.trees import detach, joined, mapped, overwrite, put, select
 
 __all__ = [
     "Anderson",
@@ -41,6 +41,7 @@ __all__ = [
     "joined",
     "mapped",
     "only_of_inputs",
+    "overwrite",
     "put",
     "relative_residual",
     "residuals",

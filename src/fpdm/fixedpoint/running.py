@@ -46,16 +46,25 @@ def relative_residual(z: Tensor, fz: Tensor) -> Tensor:
 @torch.no_grad()
 def residuals(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
     """|f(z) - z|, and its ratio to |f(z)|, per sample, (batch,)."""
-    dtype = _norms(fz)
-    distance, size = (torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype) for v in (fz - z, fz))
+    distance, size = _norm(fz - z), _norm(fz)
     # The second term keeps the ratio finite where f(z) = 0: infinite means diverged.
-    ratio = distance / torch.maximum(size, 1e-30 * distance).clamp_min(torch.finfo(dtype).tiny)
+    ratio = distance / torch.maximum(size, 1e-30 * distance).clamp_min(torch.finfo(distance.dtype).tiny)
     return distance, ratio.float()
 
 
-def _norms(z: Tensor) -> torch.dtype:
-    """Float64, as squares of values above 1e19 overflow float32, and those below 1e-19 vanish."""
-    return torch.float32 if z.device.type == "mps" else torch.float64
+def _norm(v: Tensor) -> Tensor:
+    """|v| per sample, (batch,): in float64, as squares of values above 1e19 overflow float32, and those below 1e-19
+    vanish. That takes a CPU twice the time, so it is done there only if a faster norm comes near to these."""
+    if v.device.type == "cpu" and v.dim() > 2:
+        of_tokens = torch.linalg.vector_norm(v, dim=-1, dtype=torch.promote_types(v.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(of_tokens.flatten(1), dim=1, dtype=torch.float64)
+        if bool(((norm > 1e-12) & (norm < 1e18)).all()):
+            return norm
+    return torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=_precise(v))
+
+
+def _precise(v: Tensor) -> torch.dtype:
+    return torch.float32 if v.device.type == "mps" else torch.float64
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class Running:
     @classmethod
     def begun(cls, z: Tensor, context: Any, state: Any) -> "Running":
         """Samples before their first iteration, everything in its place: they can join others, or be taken out."""
-        infinite = torch.full((len(z),), torch.inf, dtype=_norms(z), device=z.device)
+        infinite = torch.full((len(z),), torch.inf, dtype=_precise(z), device=z.device)
         measured = {"least": infinite, "distance": infinite.clone(), "residual": infinite.float()}
         return cls(z, context, state, None, True, best=z.clone(), **measured)
 
@@ -105,10 +114,11 @@ class Running:
         best, least = self.best, self.least
         if distance is not None:
             least = torch.full_like(distance, torch.inf) if least is None else least
+            nearer = distance < least  # never at a NaN
             if self.rescue:
                 best = self.z.to(fz.dtype) if best is None else best
-                best = torch.where(column(distance < least, fz), fz, best)  # never at a NaN
-            least = torch.where(distance < least, distance, least)
+                best = fz if known(nearer) else torch.where(column(nearer, fz), fz, best)
+            least = torch.where(nearer, distance, least)
         return replace(self, z=following, state=state, best=best, least=least, distance=distance, residual=residual)
 
     def selected(self, stay: Tensor) -> "Running":
@@ -147,6 +157,12 @@ class Running:
             ended = torch.where(stopping.unfinished(self.residual), Status.ITERATION_LIMIT, Status.CONVERGED)
         ended = torch.where(self.diverged, Status.DIVERGED, ended)
         return ended if self.places is None else status.index_copy(0, self.places, ended)
+
+
+def known(mask: Tensor) -> bool:
+    """Whether `mask` is true for all samples and that can be known at once: not of another device, which would have to
+    be waited for."""
+    return mask.device.type == "cpu" and bool(mask.all())
 
 
 def column(mask: Tensor, like: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ def put(tree: Tree, places: Tensor, other: Tree) -> None:
     together(lambda one, new: one.index_copy_(0, places, new.to(one.dtype)), tree, other)
 
 
+def overwrite(tree: Tree, other: Tree) -> None:
+    """Write `other` into `tree`, in place."""
+    together(lambda one, new: one.copy_(new), tree, other)
+
+
 def together(function: Callable[[Tensor, Tensor], Tensor], first: Tree, second: Tree) -> Tree:
     """The tree of what `function` makes of each two tensors in the same place."""
     others = iter(leaves(second))

@@ -3,6 +3,7 @@
 from fpdm.models.denoiser import Denoiser, Output
 from fpdm.models.dit import DiT
 from fpdm.models.fixed_point_dit import Context, FixedPointCore, FixedPointDiT
+from fpdm.models.float8 import to_float8
 from fpdm.models.int8 import to_int8
 
-__all__ = ["Context", "Denoiser", "DiT", "FixedPointCore", "FixedPointDiT", "Output", "to_int8"]
+__all__ = ["Context", "Denoiser", "DiT", "FixedPointCore", "FixedPointDiT", "Output", "to_float8", "to_int8"]

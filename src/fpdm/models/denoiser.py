@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fpdm.fixedpoint import Solution, Solve
 from fpdm.models.layers import Block, FinalLayer, PatchEmbedder, TimestepEmbedder, unpatchify
 from fpdm.models.presets import preset
+from fpdm.models.recorded import Recorder
 
 # Nothing in these networks is random, so there is no generator's state to keep. At module level: networks are copied.
 RECOMPUTE = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
@@ -48,6 +49,7 @@ class Denoiser(ModelMixin, ConfigMixin):
     _repeated_blocks = ["FixedPointCore", "Block"]
     _no_split_modules = ["FixedPointCore", "Block"]  # their parts are called from outside forward, too
     config_name = "config.json"
+    _recorder: Recorder | None = None
 
     def _build(self, sample_size: int, patch_size: int, in_channels: int, hidden_size: int, num_heads: int) -> None:
         """The layers at both ends. Called by the constructors once the configuration is registered."""
@@ -81,9 +83,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         return (model, info) if wants_info else model
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """diffusers' `save_pretrained`. Raises ValueError for a network in int8."""
-        if any(weight.dtype == torch.int8 for weight in self.state_dict().values()):
-            raise ValueError("a network in int8 cannot be saved: save the one that it was made from, and convert it")
+        """diffusers' `save_pretrained`. Raises ValueError for a network in 8 bits."""
+        if any(weight.dtype.itemsize == 1 for weight in self.state_dict().values()):
+            raise ValueError("a network in 8 bits cannot be saved: save the one that it was made from, and convert it")
         super().save_pretrained(*args, **kwargs)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
@@ -105,6 +107,21 @@ class Denoiser(ModelMixin, ConfigMixin):
             module.compile(*args, **kwargs)
             compiled: Any = module._compiled_call_impl
             module._compiled_call_impl = partial(call_for_any_batch, compiled)
+
+    def enable_cuda_graphs(self) -> None:
+        """From now on record calls under a fixed number of iterations, and play them again: the same results, with
+        nothing between the kernels of a GPU to wait for. `disable_cuda_graphs()` ends it.
+
+        Each size of batch is recorded once, for all timesteps and iterations, and has tensors of its own; the four used
+        last are kept. Calls with a gradient, a tolerance or an accelerated solver are made as they were. Raises
+        ValueError for a network that is not on a GPU.
+        """
+        if self.device.type != "cuda":
+            raise ValueError(f"CUDA graphs are for networks on a GPU; this one is on {self.device}: move it before")
+        self._recorder = Recorder()
+
+    def disable_cuda_graphs(self) -> None:
+        self._recorder = None
 
     def _outermost(self, kinds: list[str]) -> list[nn.Module]:
         """The modules of these kinds that are not inside another one of them."""
@@ -140,20 +157,26 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     def _embed(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, D), the embedding of t (B, D) and of y (B, D)."""
+        x, t, y = self._checked(x, t, y)
+        return self.patch_embed(x.to(self.patch_embed.proj.weight.dtype)), self.time_embed(t), self.label_embed(y)
+
+    def _checked(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Images as they came, timesteps (B,) float32 and classes (B,). Raises ValueError for what does not fit."""
         expected = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; this network takes (batch, {', '.join(map(str, expected))})"
             )
-        t = torch.as_tensor(t, device=x.device)
+        # A number is not copied to the device, which would be waited for.
+        is_number = isinstance(t, int | float)
+        t = torch.full((len(x),), float(t), device=x.device) if is_number else torch.as_tensor(t, device=x.device)
         y = torch.full((len(x),), self.null_class, device=x.device) if y is None else y
         if t.shape not in ((), (len(x),)) or y.shape != (len(x),):
             raise ValueError(
                 f"t has shape {tuple(t.shape)} and y {tuple(y.shape)}; a batch of {len(x)} takes ({len(x)},) of both, "
                 "or one number for t"
             )
-        t = t.expand(len(x))
-        return self.patch_embed(x.to(self.patch_embed.proj.weight.dtype)), self.time_embed(t), self.label_embed(y)
+        return x, t.float().expand(len(x)), y
 
     def _run_blocks(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
         """Apply blocks in turn to tokens `x` (B, N, D) under the conditioning `c` (B, D)."""

@@ -59,12 +59,17 @@ class DiT(Denoiser):
 
         Raises ValueError if iterations, a solve or an initial solution are given: there is nothing to solve.
         """
-        # fmt: off
         refuse_iterations(iterations if solve is None and init is None else -1)
+        if self._recorder is not None and self._recorder.takes(x):
+            return Output(self._recorder.explicit(self, self._predict, self._checked(x, t, y)), None, {})
+        return Output(self._predict(x, t, y), None, {})  # (B, C or 2C, H, W)
+
+    def _predict(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> Tensor:
+        # fmt: off
         tokens, time, label = self._embed(x, t, y)           # (B, N, D), (B, D), (B, D)
         c = condition(time, label)                           # (B, D)
         tokens = self._run_blocks(self.blocks, tokens, c)    # (B, N, D)
-        return Output(self._unembed(tokens, c), None, {})    # (B, C or 2C, H, W)
+        return self._unembed(tokens, c)                      # (B, C or 2C, H, W)
         # fmt: on
 
 

@@ -6,6 +6,7 @@ c   conditioning of the implicit layer, from t and y (B, D)
 P   the projection of u, linear D -> D
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from diffusers import ConfigMixin, ModelMixin  # noqa: F401  (diffusers finds the loader of a custom model by this name)
@@ -131,8 +132,10 @@ class FixedPointDiT(Denoiser):
         Raises ValueError if both or neither of iterations and solve are given, or for a misshaped x or init.
         """
         solve = _one_of(iterations, solve)
+        if self._recorder is not None and self._recorder.takes(x, solve):
+            return Output(*self._recorder.solved(self, self._checked(x, t, y), solve, partial(_start, init)), {})
         u, context, c = self.encode(x, t, y)
-        z = u if init is None else _fitting(init, u)  # (B, N, D)
+        z = _start(init, u)  # (B, N, D)
         solution = solve(self._segment(self.core), z, context)  # (B, N, D)
         exits = {k: self.decode(z, c) for k, z in solution.kept.items()}
         return Output(self.decode(solution.value, c), solution, exits)
@@ -159,7 +162,10 @@ def _one_of(iterations: int | None, solve: Solve | None) -> Solve:
     return solve or Solve(stopping=FixedIterations(iterations))  # type: ignore[arg-type]
 
 
-def _fitting(init: Tensor, u: Tensor) -> Tensor:
+def _start(init: Tensor | None, u: Tensor) -> Tensor:
+    """Where z starts."""
+    if init is None:
+        return u
     if init.shape != u.shape:
         raise ValueError(f"init has shape {tuple(init.shape)}; a solution of this batch has {tuple(u.shape)}")
     return init.to(u.dtype)

@@ -1,26 +1,14 @@
-"""Linear layers in 8 bits, for drawing on CPUs: weights are rounded once, tokens as they come.
-
-    x  (..., in)    float32    x ~ r q,  r (..., 1) of each token, q integers from -127 to 127
-    W  (out, in)    float32    W ~ s p,  s (out,) of each output,  p integers from -127 to 127
-    y  (..., out)   float32    y = r s (q p^T) + b, the sum in integers, which is exact
-
-Scales are of single tokens, so that an image does not depend on what is drawn beside it, but for rounding. Embeddings,
-modulations, the injection of u and the final layer, which are no part of the iterations' cost, stay as they are, and so
-does attention itself.
-"""
+"""Blocks in int8, on CPUs: q and p are integers from -127 to 127, and their product's sum is exact. See `rounded`."""
 
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fpdm.models.fixed_point_dit import FixedPointCore
-from fpdm.models.layers import Attention, Mlp
+from fpdm.models.rounded import RoundedLinear, kinds_of_weights, round_blocks
 
-MOST = 127
 # Tokens travel as q + 128, since products of unsigned with signed integers are what CPUs have instructions for.
 ZERO = 128
-LAYERS = {Attention: ("qkv", "proj"), Mlp: ("fc1", "fc2"), FixedPointCore: ("inject_z", "inject_out")}
 
 
 class Backend(Protocol):
@@ -67,33 +55,32 @@ def _(q: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     return q.new_empty((*q.shape[:-1], scale.shape[0]), dtype=torch.float32)
 
 
-class Int8Linear(nn.Module):
-    """A linear layer for drawing, made from a float32 one on the CPU."""
+class Int8Linear(RoundedLinear):
+    """Float32 tokens on the CPU to such."""
+
+    format, most = "int8", 127
 
     def __init__(self, layer: nn.Linear):
-        super().__init__()
-        weight = layer.weight.detach()
-        scale = (weight.abs().amax(1) / MOST).clamp_min(torch.finfo(torch.float32).tiny)
-        # Neither parameters nor buffers: no conversion of a network's dtype may reach them.
-        self.weight = (weight / scale[:, None]).round().to(torch.int8)
-        self.scale, self.packed = scale, BACKEND.pack(self.weight)
-        self.bias = None if layer.bias is None else layer.bias.detach().clone()
+        super().__init__(layer)
+        self.packed = BACKEND.pack(self.weight)
+
+    def coded(self, values: Tensor) -> Tensor:
+        return values.round().to(torch.int8)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and x.requires_grad:
-            raise ValueError("int8 layers have no gradient: train the network that they were made from")
-        if x.device.type != "cpu" or x.dtype != torch.float32:
-            raise ValueError(f"int8 layers take float32 on the CPU, not {x.dtype} on {x.device}: convert after moving")
-        r = (x.abs().amax(-1, keepdim=True) / MOST).clamp_min(torch.finfo(x.dtype).tiny)
+        self.check(x)
+        r = self.scale_of(x)
         q = torch.addcmul(x.new_full((), ZERO + 0.5), x, 1 / r).to(torch.uint8)  # which cuts off: rounded
         y = int8_product(q, self.packed, self.scale) if torch.compiler.is_compiling() else self._product(q)
         return y * r if self.bias is None else torch.addcmul(self.bias, y, r)
 
+    def check(self, x: Tensor) -> None:
+        super().check(x)
+        if x.device.type != "cpu" or x.dtype != torch.float32:
+            raise ValueError(f"int8 layers take float32 on the CPU, not {x.dtype} on {x.device}: convert after moving")
+
     def _product(self, q: Tensor) -> Tensor:
         return BACKEND.product(q, self.packed, self.scale)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.weight.shape[1]}, out_features={len(self.weight)}, bias={self.bias is not None}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in super().__getstate__().items() if name != "packed"}  # type: ignore[misc]
@@ -101,10 +88,6 @@ class Int8Linear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.packed = BACKEND.pack(self.weight)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        kept = {"weight": self.weight, "scale": self.scale, "bias": self.bias}
-        destination.update({prefix + name: value for name, value in kept.items() if value is not None})
 
 
 def to_int8(model: nn.Module) -> nn.Module:
@@ -115,10 +98,9 @@ def to_int8(model: nn.Module) -> nn.Module:
     """
     if missing := BACKEND.missing():
         raise ValueError(f"int8 needs AVX-512 VNNI and oneDNN, and {missing}: leave the weights in float32")
-    others = {f"{p.dtype} on {p.device.type}" for p in model.parameters()} - {"torch.float32 on cpu"}
-    if others:
-        raise ValueError(f"int8 is made from float32 on the CPU, not from {min(others)}: move it to the CPU before")
-    for module in list(model.modules()):
-        for name in LAYERS.get(type(module), ()):
-            setattr(module, name, Int8Linear(getattr(module, name)))
-    return model
+    if others := kinds_of_weights(model) - {("cpu", torch.float32)}:
+        device, dtype = min(others, key=str)
+        raise ValueError(
+            f"int8 is made from float32 on the CPU, not from {dtype} on {device}: move it to the CPU before"
+        )
+    return round_blocks(model, Int8Linear)

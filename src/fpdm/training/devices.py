@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from fpdm.devices import pick_device
+from fpdm.devices import check_compiler, pick_device
 from fpdm.models import Denoiser, DiT
 from fpdm.names import needs
 from fpdm.training.config import Config
@@ -26,7 +26,8 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
     """accelerate's view of the devices.
 
-    Raises ValueError for a device that is not there, a launch that is not plain, or one whose processes are not in use.
+    Raises ValueError for a device or compiler that is not there, a launch that is not plain, or one whose processes are
+    not in use.
     """
     run = config.run
     tracker = None if run.tracker == "none" else run.tracker
@@ -51,6 +52,8 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         raise ValueError(
             "--sharding fsdp shares parameters over processes, and there is one: launch several, or leave it"
         )
+    if run.compile:
+        check_compiler(accelerator.device.type)
     if accelerator.device.type == "cuda":
         torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = run.tf32

@@ -19,7 +19,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpdm.data import Batch, Slots, Source, Stream, loader
-from fpdm.devices import check_compiler
 from fpdm.machine import matrix_rate
 from fpdm.training.build import Parts, build
 from fpdm.training.config import Config
@@ -65,7 +64,6 @@ class Trainer:
         self.net = self.parts.model.to(device).train()
         self.ema = Ema(self.net, config.optimizer.ema)
         if run.compile:
-            check_compiler(device.type)
             self.net.compile_repeated_blocks()
         if run.sharding == "fsdp":
             shard(self.net)
