@@ -16,6 +16,7 @@ from harness import compare
 from textbook import Textbook
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from waiting import waiting
 
 from fpdm import DiT, FixedPointDiT, to_float8
 from fpdm.fixedpoint import FixedIterations, MultiStepJacobianFree, Solve, solve
@@ -142,9 +143,15 @@ def training() -> list[Row]:
              "steps": steps}]  # fmt: skip
 
 
-PARTS: dict[str, Callable[[], list[Row]]] = {"loop": loop, "gaps": gaps, "training": training}
+PARTS: dict[str, Callable[[], list[Row]]] = {
+    "loop": loop,
+    "gaps": gaps,
+    "training": training,
+    "waiting": partial(waiting, CUDA),
+}
 BARS = {
     "loop": [("share of the matrix rate", 0.6, True), ("ratio", 6.0, True)],
     "gaps": [("gaps", 0.05, False)],
     "training": [("memory", 0.4, False), ("with checkpointing", 1.0, False)],
+    "waiting": [],
 }

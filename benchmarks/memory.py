@@ -118,21 +118,18 @@ def measure(case: Case, device: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(config, Path(folder) / "run", RandomLatents(config, images))
         if case.draw != "every":  # else the method has no counts to draw, and is what is measured
-            fixed = SimpleNamespace(draw=lambda _: Course(solve))
+            fixed = SimpleNamespace(of=lambda *_: Course(solve))
             trainer.parts = replace(trainer.parts, courses=fixed)
 
         def step() -> None:
             part = images // config.optimizer.accumulation
             shape = (part, config.data.channels, config.data.image_size, config.data.image_size)
             firsts = range(0, images, part)
-            trainer._one_step(
-                [
-                    Batch(
-                        trainer.step, list(range(i, i + part)), torch.zeros(shape), torch.zeros(part).long(), [], None
-                    )
-                    for i in firsts
-                ]
+            parts = (
+                Batch(trainer.step, list(range(i, i + part)), torch.zeros(shape), torch.zeros(part).long(), [], None)
+                for i in firsts
             )
+            trainer._one_step([trainer.parts.drawing.of(batch) for batch in parts])
             trainer.step += 1
 
         step()  # which makes the optimiser's moments

@@ -4,11 +4,12 @@
     python benchmarks/performance.py [PART ...] --out FOLDER --device cuda    writes FOLDER/performance-cuda.json
 
 Parts are added to what is there. On a CPU they are sampling, block, int8, shares, stopping, continuous (drawing.py),
-training, spent (spent.py) and start; on a GPU loop, gaps and training (gpu.py). Opponents run in the same process, in
-turns with ours (harness.py): the textbook form (textbook.py), and diffusers' DiTTransformer2DModel at the same width.
-On a CPU the ceiling is a float32 linear layer, 384 to 1536, at the rows of the network, by torch or by oneDNN,
-whichever is faster: they take turns with the others. Operations are two per multiply-add of linear layers and
-attention. The network has size S/2 and the paper's form: 384 wide, 6 heads, 256 tokens.
+training, spent (spent.py), waiting (waiting.py) and start; on a GPU loop, gaps, training (gpu.py) and waiting.
+Opponents run in the same process, in turns with ours (harness.py): the textbook form (textbook.py), and diffusers'
+DiTTransformer2DModel at the same width. On a CPU the ceiling is a float32 linear layer, 384 to 1536, at the rows of the
+network, by torch or by oneDNN, whichever is faster: they take turns with the others. Operations are two per
+multiply-add of linear layers and attention. The network has size S/2 and the paper's form: 384 wide, 6 heads, 256
+tokens.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from harness import bandwidth, compare
 from memory import allocated
 from spent import NO_GRAD, WITH_GRAD, spent, training_step
 from textbook import Textbook
+from waiting import waiting
 
 from fpdm import FixedPointDiTPipeline
 from fpdm.devices import pick_device
@@ -104,6 +106,7 @@ PARTS: dict[str, Callable[[], list[Row]]] = {
     "continuous": drawing.together,
     "training": training,
     "spent": spent,
+    "waiting": waiting,
     "start": start,
 }
 # Of a part: the number that is held against a bar, the bar, and whether more is better.
@@ -116,6 +119,7 @@ BARS: dict[str, list[Bar]] = {
     "continuous": [],
     "training": [("ratio", 1.25, True), ("memory", 0.6, False)],
     "spent": [],
+    "waiting": [],
     "start": [("beyond", 1.5, False)],
 }
 

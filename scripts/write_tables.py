@@ -265,6 +265,18 @@ def spent(path: str) -> str:
     return "\n".join(lines)
 
 
+def waiting(path: str) -> str:
+    """How long trainings wait for their data."""
+    lines = [
+        row(["data", "workers", "images per second trained", "of the time waiting", "images per second, loaded only"])
+    ]
+    lines.append(row(["---"] * 5))
+    for one in parts_of(path, "waiting"):
+        told = [f"{one['trained']:.0f}", f"{one['waited']:.1%}", f"{one['delivered']:,.0f}"]
+        lines.append(row([one["data"], str(one["workers"]), *told]))
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[..., str]] = {
     "experiment": experiment,
     "metrics": metrics,
@@ -282,6 +294,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "precision": precision,
     "continuous": continuous,
     "spent": spent,
+    "waiting": waiting,
     "soak": soak,
 }
 

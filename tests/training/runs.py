@@ -12,7 +12,7 @@ from fpdm.recipes import recipe
 from fpdm.training.config import Config
 from fpdm.training.loop import Trainer
 
-TIMES = ("seconds", "images_per_second", "steps_per_second", "share_of_matrix_rate")
+TIMES = ("seconds", "images_per_second", "steps_per_second", "share_of_matrix_rate", "share_waiting_for_data")
 
 
 def tiny(**changes: Any) -> Config:

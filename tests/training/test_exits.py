@@ -7,7 +7,6 @@ import torch
 from accelerate.state import AcceleratorState
 
 from fpdm.data import Stream
-from fpdm.data.stream import collate
 from fpdm.fixedpoint import FixedIterations, MultiStepJacobianFree, Solve
 from fpdm.training.config import GRADIENTS
 from fpdm.training.course import Course, differentiated
@@ -35,14 +34,18 @@ def trainer_of(tmp_path):
 
 
 def batch_of(trainer):
+    return examples_of(trainer).batch
+
+
+def examples_of(trainer):
     stream = Stream(trainer.parts.source, trainer.parts.prepare, batch_size=8, seed=trainer.config.run.seed)
-    return collate([stream[trainer.step, slot] for slot in range(8)])
+    return trainer.parts.drawing([stream[trainer.step, slot] for slot in range(8)])
 
 
 def gradients(trainer, course=None):
     """What a step's one part adds to the gradients, by parameter, and its losses."""
     trainer.net.zero_grad()
-    values = trainer._backward(batch_of(trainer), course or trainer.parts.course(trainer.step))
+    values = trainer._backward(*examples_of(trainer), course or trainer.parts.course(trainer.step))
     return {name: p.grad.clone() for name, p in trainer.net.named_parameters()}, values
 
 
@@ -119,7 +122,9 @@ def test_an_exit_in_parts_weighs_what_it_does_in_one(trainer_of):
         stream = Stream(trainer.parts.source, trainer.parts.prepare, batch_size=8, seed=0)
         keys = [(trainer.step, slot) for slot in range(8)]
         size = 8 // trainer.config.optimizer.accumulation
-        trainer._one_step([collate([stream[key] for key in keys[i : i + size]]) for i in range(0, 8, size)])
+        trainer._one_step(
+            [trainer.parts.drawing([stream[key] for key in keys[i : i + size]]) for i in range(0, 8, size)]
+        )
     one, two = (trainer.meters.means(trainer.meters.sums) for trainer in (whole, parts))
     assert one == pytest.approx(two, rel=1e-4)
 

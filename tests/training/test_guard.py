@@ -93,8 +93,8 @@ def spoil(monkeypatch, steps, value=math.nan):
     """Have the gradients of some steps multiplied by `value`."""
     backward = Trainer._backward
 
-    def spoiled(self, batch, course):
-        found = backward(self, batch, course)
+    def spoiled(self, batch, draws, course):
+        found = backward(self, batch, draws, course)
         if steps(self.step):
             for parameter in self.net.parameters():
                 parameter.grad.mul_(value)

@@ -124,7 +124,9 @@ def collate(items: list[Item]) -> Batch:
     return Batch(items[0].step, [item.slot for item in items], images, labels, broken, failure)
 
 
-def loader(stream: Stream, slots: Slots, workers: int, pin_memory: bool) -> DataLoader:
+def loader(
+    stream: Stream, slots: Slots, workers: int, pin_memory: bool, collate: Callable[[list[Item]], Any] = collate
+) -> DataLoader:
     """A DataLoader over the stream. With `workers` 0, images are made in the process itself."""
     return DataLoader(
         stream,

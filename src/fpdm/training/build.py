@@ -27,7 +27,7 @@ from fpdm.models.presets import preset
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.training.config import Config, DataConfig, GradientConfig, ModelConfig
 from fpdm.training.course import Course, Courses, differentiated, make_courses, operations
-from fpdm.training.draws import Draws
+from fpdm.training.draws import Drawing, Draws
 from fpdm.training.validation import split
 
 FIRST_LOOK = 100  # images tried before a data set counts as unreadable
@@ -61,7 +61,16 @@ class Parts:
 
     def course(self, step: int) -> Course | None:
         """What a step asks of the network; the same on all processes."""
-        return None if self.courses is None else self.courses.draw(generator(self.config.run.seed, "iterations", step))
+        return None if self.courses is None else self.courses.of(self.config.run.seed, step)
+
+    @property
+    def drawing(self) -> Drawing:
+        """What makes training examples of images."""
+        return Drawing(self.config.run.seed, self.loss.num_timesteps, self.config.data.class_dropout, self.courses)
+
+    def labels(self, labels: Tensor, dropped: Tensor) -> Tensor:
+        """The classes (B,) that the network is told: none where they are withheld, or where it knows none."""
+        return labels.masked_fill(dropped, self.model.null_class) if self.model.config.num_classes else 0 * labels
 
     @torch.no_grad()
     def start(self, model: Any, course: Course, chance: Draws, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor | None:
@@ -73,7 +82,7 @@ class Parts:
             return None
         assert chance.later is not None
         assert chance.fresh is not None
-        later, fresh = (value.to(x_t.device) for value in (chance.later, chance.fresh))
+        later, fresh = (value.to(x_t.device, non_blocking=True) for value in (chance.later, chance.fresh))
         noisier = self.loss.noisier(x_t, t, later, fresh)
         solution: Tensor = model(noisier, later, labels, solve=course.warm).solution.value
         # Autocast keeps its casts of the weights. Those made here have no gradient, and would be used again.

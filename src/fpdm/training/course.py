@@ -50,6 +50,10 @@ class Courses:
     exits: bool = False
     warm_share: float = 0.0
 
+    def of(self, seed: int, step: int) -> Course:
+        """A step of the training with a seed; the same on all processes."""
+        return self.draw(generator(seed, "iterations", step))
+
     def draw(self, generator: torch.Generator) -> Course:
         """The step whose choices `generator` makes."""
         solve = Solve(stopping=self.stopping, gradient=self.gradient.draw(generator))

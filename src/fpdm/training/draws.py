@@ -1,12 +1,16 @@
 """What is random in a training step, keyed so that it does not depend on devices, parts or resumption."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fpdm.data import Batch
+from fpdm.data.stream import Item, collate
 from fpdm.keyed import generator
+from fpdm.training.course import Courses
 
 FEW, MANY = 6, 100  # timesteps of the samplings whose steps a warm start imitates
 
@@ -32,6 +36,10 @@ class Draws:
     later: Tensor | None = None
     fresh: Tensor | None = None
 
+    def pin_memory(self) -> "Draws":
+        """What a DataLoader asks for, so that copies to a GPU wait for nothing."""
+        return replace(self, **{name: value.pin_memory() for name, value in vars(self).items() if value is not None})
+
 
 def draw(
     seed: int,
@@ -54,3 +62,33 @@ def draw(
             row += [(t + round(spacing)).clamp_max(num_timesteps - 1), torch.randn(shape, generator=g)]
         rows.append(row)
     return Draws(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+
+class Examples(NamedTuple):
+    """A micro-batch, and what is random about it."""
+
+    batch: Batch
+    draws: Draws
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What makes examples of images: the last that a loader does, in its workers where it has any.
+
+    courses  of the training; None for an explicit network
+    """
+
+    seed: int
+    num_timesteps: int
+    class_dropout: float
+    courses: Courses | None
+
+    def __call__(self, items: list[Item]) -> Examples:
+        return self.of(collate(items))
+
+    def of(self, batch: Batch) -> Examples:
+        """A batch with its draws."""
+        warm = self.courses is not None and self.courses.of(self.seed, batch.step).warm is not None
+        shape = tuple(batch.images.shape[1:])
+        drawn = draw(self.seed, batch.step, batch.slots, shape, self.num_timesteps, self.class_dropout, warm)
+        return Examples(batch, drawn)

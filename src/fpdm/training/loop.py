@@ -21,10 +21,11 @@ from tqdm import tqdm
 from fpdm.data import Batch, Slots, Source, Stream, loader
 from fpdm.machine import matrix_rate
 from fpdm.training.build import Parts, build
+from fpdm.training.clock import Clock, advice
 from fpdm.training.config import Config
 from fpdm.training.course import Course
 from fpdm.training.devices import clip, gradients_shared, make_accelerator, shard
-from fpdm.training.draws import Draws, draw
+from fpdm.training.draws import Draws, Examples, draw
 from fpdm.training.ema import Ema
 from fpdm.training.guard import Diverged, Guard
 from fpdm.training.interrupt import Interrupt, deferred_interrupts
@@ -143,9 +144,12 @@ class Trainer:
             self.parts.source, self.parts.prepare, batch_size=self.config.optimizer.batch_size, seed=run.seed
         )
         slots = self._slots(self.step)
-        batches = iter(loader(stream, slots, self.config.data.workers, self.accelerator.device.type == "cuda"))
+        pin, workers = self.accelerator.device.type == "cuda", self.config.data.workers
+        batches = iter(loader(stream, slots, workers, pin, self.parts.drawing))
         for _ in slots.steps:
-            self._one_step([next(batches) for _ in range(slots.parts)])
+            with clock.waiting():
+                some = [next(batches) for _ in range(slots.parts)]
+            self._one_step(some)
             self.step += 1
             bar.update()
             if self.step % STATUS_EVERY == 0 or self.step % run.checkpoint_every == 0 or self.step == slots.steps.stop:
@@ -164,21 +168,21 @@ class Trainer:
                 return True
         return False
 
-    def _one_step(self, batches: list[Batch]) -> None:
+    def _one_step(self, some: list[Examples]) -> None:
         rate = learning_rate(self.config, self.step) * 0.5**self.rollbacks
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         # Drawn once per step and alike on all processes, so that all do the same work.
         course = self.parts.course(self.step)
         values: dict[str, Tensor] = {}
-        for i, batch in enumerate(batches):
+        for i, (batch, draws) in enumerate(some):
             assert batch.step == self.step, f"a batch of step {batch.step} came at step {self.step}"
             if batch.failure is not None:
                 raise ValueError(batch.failure)
             self.broken |= dict.fromkeys(batch.broken)
-            with self._sharing(i == len(batches) - 1):
-                for name, value in self._backward(batch, course).items():
-                    values[name] = values.get(name, 0) + value / len(batches)
+            with self._sharing(i == len(some) - 1):
+                for name, value in self._backward(batch, draws, course).items():
+                    values[name] = values.get(name, 0) + value / len(some)
             self.operations += self.parts.operations(course) * len(batch.slots)
         norm = clip(self.net.parameters(), self.config.optimizer.grad_clip)
         useless = self.guard.judge(norm, self.step)
@@ -188,15 +192,17 @@ class Trainer:
         self.meters.add({**values, "grad_norm": norm}, 1 - useless)
         self.ema.update(self.net, self.step + 1)
 
-    def _backward(self, batch: Batch, course: Course | None) -> dict[str, Tensor]:
+    def _backward(self, batch: Batch, draws: Draws, course: Course | None) -> dict[str, Tensor]:
         """The gradient of a micro-batch, and the means of its losses."""
         config, parts = self.config, self.parts
-        chance, (x0, noise, t, labels) = self._inputs(batch, course)
+        whole = (batch.images, draws.noise, draws.timesteps, batch.labels, draws.dropped)
+        x0, noise, t, labels, dropped = (value.to(self.accelerator.device, non_blocking=True) for value in whole)
+        labels = parts.labels(labels, dropped)
         x_t = parts.loss.noisy(x0, noise, t)
         with self.accelerator.autocast():
             solving: dict[str, Any] = {}
             if course is not None:
-                start = parts.start(self.model, course, chance, x_t, t, labels)
+                start = parts.start(self.model, course, draws, x_t, t, labels)
                 solving = {"solve": course.solve, "init": start}
             output = self.model(x_t, t, labels, **solving)
         loss = parts.loss(output.sample.float(), x0, noise, t)
@@ -207,26 +213,6 @@ class Trainer:
             total, found["exit"] = total + config.gradient.exit_weight * extra, extra.detach()
         self.accelerator.backward(total / config.optimizer.accumulation)
         return {"loss": total.detach(), **found}
-
-    def _inputs(self, batch: Batch, course: Course | None) -> tuple[Draws, tuple[Tensor, ...]]:
-        """The draws of a micro-batch; its images, noise, timesteps and labels on the device."""
-        config, device = self.config, self.accelerator.device
-        chance = draw(
-            config.run.seed,
-            self.step,
-            batch.slots,
-            tuple(batch.images.shape[1:]),
-            self.parts.loss.num_timesteps,
-            config.data.class_dropout,
-            warm=course is not None and course.warm is not None,
-        )
-        labels = batch.labels.masked_fill(chance.dropped, self.net.null_class)
-        if self.net.config.num_classes == 0:
-            labels = torch.zeros_like(labels)
-        whole: tuple[Tensor, ...] = (batch.images, chance.noise, chance.timesteps, labels)
-        if device.type == "cuda":  # pinned, so that the copies wait for nothing
-            whole = tuple(value.pin_memory() for value in whole)
-        return chance, tuple(value.to(device, non_blocking=True) for value in whole)
 
     def _sharing(self, now: bool) -> AbstractContextManager[Any]:
         """Whether the backward pass within shares its gradients with the other processes."""
@@ -268,11 +254,11 @@ class Trainer:
 
     # --- what is told ----------------------------------------------------------------------------------------------
 
-    def _log(self, bar: tqdm, clock: "Clock") -> None:
+    def _log(self, bar: tqdm, clock: Clock) -> None:
         sums: Tensor = self.accelerator.reduce(self.meters.sums, "mean")
         values = self.meters.means(sums)
         self.meters.sums.zero_()
-        steps, seconds = clock.lap(self.step)
+        steps, seconds, waited = clock.lap(self.step)
         rate = steps * self.config.optimizer.batch_size / seconds
         entry = {
             "step": self.step,
@@ -283,11 +269,13 @@ class Trainer:
             "images_per_second": round(rate, 1),
             "steps_per_second": round(steps / seconds, 3),
             "share_of_matrix_rate": round(self.operations / seconds / self._matrix_rate, 3),
+            "share_waiting_for_data": round(waited / seconds, 3),
             "seconds": round(clock.total, 2),
         }
         self.operations = 0.0
         if "loss" in values:
-            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s")
+            waiting = advice(waited / seconds, self.config.data.workers)
+            bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s{waiting}")
         self.saver.append_log(entry)
 
     @cached_property
@@ -353,25 +341,6 @@ class Pace:
         """Seconds before a time limit at which to stop: a minute, so many steps until the next look at the clock, and
         twice the longest pause so far, to save and to export."""
         return LAST_MINUTE + steps * self.step + 2 * self.pause
-
-
-class Clock:
-    """Seconds since training began, and steps since the last lap."""
-
-    def __init__(self, step: int):
-        self.began = self.last = time.perf_counter()
-        self.step = step
-
-    @property
-    def total(self) -> float:
-        return time.perf_counter() - self.began
-
-    def lap(self, step: int) -> tuple[int, float]:
-        """Steps and seconds since the last lap."""
-        now = time.perf_counter()
-        steps, seconds = step - self.step, max(1e-9, now - self.last)
-        self.step, self.last = step, now
-        return steps, seconds
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -7,12 +7,10 @@ import torch
 from PIL import Image
 
 from fpdm.data import Slots, Stream, image_of
-from fpdm.data.stream import collate
 from fpdm.files import read_json
 from fpdm.training import checkpoints
 from fpdm.training.build import Parts, build
 from fpdm.training.config import Config
-from fpdm.training.draws import draw
 
 
 @dataclass(frozen=True)
@@ -65,14 +63,11 @@ def _replayed(parts: Parts, step: int, weights: int | None) -> Replay:
     stream = Stream(parts.source, parts.prepare, batch_size=config.optimizer.batch_size, seed=config.run.seed)
     rows, images, broken = [], [], []
     for keys in Slots(step, step + 1, config.optimizer.batch_size, config.optimizer.accumulation):
-        batch = collate([stream[key] for key in keys])
+        batch, chance = parts.drawing([stream[key] for key in keys])
         if batch.failure is not None:
             raise ValueError(batch.failure)
         course = parts.course(step)
-        chance = draw(config.run.seed, step, batch.slots, tuple(batch.images.shape[1:]), parts.loss.num_timesteps,
-                      config.data.class_dropout, warm=course is not None and course.warm is not None)  # fmt: skip
-        labels = batch.labels.masked_fill(chance.dropped, model.null_class)
-        labels = labels if model.config.num_classes else torch.zeros_like(labels)
+        labels = parts.labels(batch.labels, chance.dropped)
         t = chance.timesteps
         x_t, solving = parts.loss.noisy(batch.images, chance.noise, t), {}
         if course is not None:
