@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from fpdm.experiments.show import as_text, markdown, plot, values_of, write_page
+from fpdm.experiments.show import as_text, compared, markdown, plot, values_of, write_page
 
 MODELS = {"fpdm": "FPDM", "dit": "DiT"}
 PARAMETERS = {"fpdm": 250_000, "dit": 1_234_567}
@@ -163,3 +163,15 @@ def test_a_page_of_one_model_or_one_way_has_one_table(models, ways, tmp_path):
     text = write_page(result_of(points, models, ways), tmp_path).read_text("utf-8")
     assert "## " not in text
     assert text.count("block passes") == 1
+
+
+def test_ways_with_budgets_of_their_own_are_one_table_and_one_line_per_model(tmp_path):
+    """As in the table of iterations per timestep, where the number of them makes the budget."""
+    ways, budgets = ("DDIM", "UniPC", "DDPM"), (24, 80, 560)
+    points = [point(model, way, at, 1.0) for model in MODELS for way, at in zip(ways, budgets, strict=True)]
+    result = result_of(points, ways=ways, budgets=budgets)
+    text = write_page(result, tmp_path).read_text("utf-8")
+    assert "## " not in text
+    assert cells(text)[2][1:] == ["24", "80", "560"]
+    assert compared(result) == []
+    assert compared(result_of([*points, point("dit", "DDIM", 80, 1.0)], ways=ways, budgets=budgets)) == list(ways)

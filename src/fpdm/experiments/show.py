@@ -11,13 +11,20 @@ from fpdm.files import write_aside
 
 Row = dict[str, Any]
 LINES = (("-", "o"), ("--", "s"), (":", "^"))  # styles and markers, each for as many lines as there are colours
-MANY = 8  # more lines than this have their legend beside them
+MANY = 6  # more lines than this have their legend beside them
 
 
 def reached(result: Row, name: str) -> list[Any]:
     """Of the table's "ways" or "budgets" those that anything has been measured of, so far; all, as long as none has."""
     there = {point[name.removesuffix("s")] for point in result["points"]}
     return [value for value in result[name] if value in there] or list(result[name])
+
+
+def compared(result: Row) -> list[str]:
+    """The ways that are shown each for itself: those of several models, unless each way has budgets of its own."""
+    places = {(point["way"], point["budget"]) for point in result["points"]}
+    several = len(result["models"]) > 1 and len(places) > len({budget for _, budget in places})
+    return reached(result, "ways") if several else []
 
 
 def markdown(result: Row, way: str | None = None) -> str:
@@ -92,14 +99,15 @@ def distance(point: Row) -> float:
 
 
 def plot(result: Row, path: Path) -> None:
-    """Quality against budget: a panel per way, a line per model; or one panel with a line per way, of one model."""
+    """Quality against budget: a panel per way, a line per model; or one panel, with a line per way of one model, or a
+    line per model where each way has budgets of its own."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    ways = reached(result, "ways") if len(result["models"]) > 1 else [None]
+    ways: list[str | None] = [*compared(result)] or [None]
     figure, axes = plt.subplots(
         1, len(ways), figsize=(1.6 + 4.4 * max(len(ways), 1.4), 4.6), layout="constrained", sharey=True, squeeze=False
     )
@@ -138,8 +146,7 @@ def write_page(result: Row, out: Path) -> Path:
     """Write OUT/table.md, and OUT/plot.png which it shows."""
     plot(result, out / "plot.png")
     parts = [f"# {result['question']}", markdown(result), "![quality against budget](plot.png)"]
-    if len(result["models"]) > 1 and len(ways := reached(result, "ways")) > 1:
-        parts += [f"## {way}\n\n{markdown(result, way)}" for way in ways]
+    parts += [f"## {way}\n\n{markdown(result, way)}" for way in compared(result)]
     path = out / "table.md"
     write_aside(path, lambda aside: aside.write_text("\n\n".join(parts) + "\n", "utf-8"))
     return path
