@@ -201,3 +201,26 @@ def test_the_help_names_all_tables_and_grounds(capsys):
     said = " ".join(capsys.readouterr().out.split())
     for name in (set(TABLES) | set(GROUNDS)) - {"tiny", "few"}:
         assert name in said
+
+
+def test_a_table_of_elsewhere_is_shown_as_it_is_where_nothing_is_missing(whole, tmp_path, capsys):
+    kept = whole / "tiny-few/result.json"
+    assert run(tmp_path / "here", "--kept", kept) == 0
+    found, wanted = result_in(tmp_path / "here"), result_in(whole)
+    assert {name: found[name] for name in found if name != "made_with"} == {
+        name: wanted[name] for name in wanted if name != "made_with"
+    }
+    assert not (tmp_path / "here/runs-few").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "cannot be read"), ("{", "cannot be read"), ("[]", "is no result of a table"), ("{}", "is no result")],
+)
+def test_what_is_no_result_cannot_be_gone_on_with(text, message, tiny, tmp_path, capsys):
+    path = tmp_path / "kept.json"
+    if text is not None:
+        path.write_text(text)
+    assert run(tmp_path / "here", "--kept", path) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "here").exists()

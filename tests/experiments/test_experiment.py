@@ -326,7 +326,53 @@ def test_a_part_of_a_table_is_all_that_is_computed(bench, trained, tmp_path, mon
     assert {(point.label, point.budget) for point in bench.of("choose")} == {("plain", 12)}
 
 
+@pytest.mark.parametrize("salt", range(3))
+@pytest.mark.parametrize(("table", "first", "then"), [
+    (TABLE, [Part(seeds=[0])], Part()),
+    (TABLE, [Part(seeds=[0])], Part(seeds=[1])),
+    (TABLE, [Part(models=["plain"])], Part(models=["looped"])),
+    (TABLE, [Part(seeds=[0]), Part(models=["plain"])], Part()),
+    (ALONE, [Part(seeds=[0])], Part(seeds=[1])),
+    (TABLE, [Part()], Part()),
+])  # fmt: skip
+def test_a_table_of_elsewhere_is_gone_on_with_to_the_same(salt, table, first, then, bench, trained, tmp_path):
+    bench.distance = salted(salt)
+    wanted = experiment(tmp_path / "whole", trained, table).run()
+    for part in first:
+        experiment(tmp_path / "elsewhere", trained, table).run(part)
+    kept = read_json(tmp_path / "elsewhere/result.json")
+    drawn = len(bench.of("choose"))
+    result = experiment(tmp_path / "here", trained, table, kept=kept).run(then)
+    assert json.loads(json.dumps(result)) == json.loads(json.dumps(wanted)) == read_json(tmp_path / "here/result.json")
+    if {(row["model"], row["seed"]) for row in kept["points"]} >= {(label, 0) for label in table.models}:
+        assert len(bench.of("choose")) == drawn  # nothing is chosen anew
+
+
+def test_what_is_kept_is_not_trained(bench, trained, tmp_path, monkeypatch):
+    experiment(tmp_path / "elsewhere", trained).run(Part(seeds=[0]))
+    kept = read_json(tmp_path / "elsewhere/result.json")
+    names = train_here(monkeypatch)
+    experiment(tmp_path / "here", tmp_path / "runs", kept=kept).run()
+    assert sorted(names) == ["looped-12-seed1", "plain-12-seed1"]
+
+
 # What cannot be
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"table": "other"}, "the kept result has another table than tiny"),
+        ({"equal": "operations", "models": {}}, "has another equal and models than"),
+        ({"ground": {"recipe": "digits"}}, "has another ground"),
+        ({"trainings": [{"model": "plain", "seed": 0, "steps": 13}]}, "plain trained for 13 steps, and here it is 12"),
+    ],
+)
+def test_another_table_is_not_gone_on_with(changes, message, bench, trained, tmp_path):
+    kept = json.loads(json.dumps(experiment(tmp_path / "elsewhere", trained).run(Part(seeds=[0]))))
+    with pytest.raises(ValueError, match=message):
+        experiment(tmp_path / "here", trained, kept={**kept, **changes}).run()
+    assert not (tmp_path / "here").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
   fpdm experiment main                                    on the digits, which need no data
   fpdm experiment methods --processes 2
   fpdm experiment main --on fashion-mnist --data DIR
+  fpdm experiment methods --seeds 1,2 --kept FILE         joined to a result.json that has seed 0
   fpdm experiment main --dry-run                          how long it will take on this machine
 
 Trainings are kept in RUNS-DIR and shared by the tables; a table's plans, points and result in OUT/NAME-GROUND. Ctrl-C
@@ -14,7 +15,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.cli.sweep import INTERRUPTED, numbers, words
@@ -34,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts.add_argument("--seeds", metavar="N,N...", help="some trainings of each (0,1,2; 0 on fashion-mnist)")
     parts.add_argument("--ways", metavar="NAME,...", help="some ways to draw, such as UniPC (all)")
     parts.add_argument("--budgets", metavar="N,N...", help="some budgets (all)")
+    parser.add_argument(
+        "--kept", metavar="FILE", help="result of this table from elsewhere, whose trainings are not redone"
+    )
     parser.add_argument("--out", default="experiments", metavar="DIR", help="folder of all tables (experiments)")
     parser.add_argument("--runs-dir", metavar="DIR", help="folder of the trainings (OUT/runs-GROUND)")
     parser.add_argument(
@@ -75,7 +79,8 @@ def run(options: argparse.Namespace) -> int:
     if processes < 1:
         raise ValueError(f"--processes is {processes}; it must be at least 1")
     data = str(Path(options.data).resolve()) if options.data else None
-    experiment = Experiment(options.table, wanted, on, data, out, runs, processes, device)
+    kept = kept_result(options.kept)
+    experiment = Experiment(options.table, wanted, on, data, out, runs, processes, device, kept=kept)
     if options.dry_run:
         experiment.check(part)
         for line in estimate(experiment, part):
@@ -93,6 +98,19 @@ def run(options: argparse.Namespace) -> int:
         print(as_text(result))
         print(f"\n{write_page(result, out)} shows it; {out / RESULT} keeps it")
     return status
+
+
+def kept_result(path: str | None) -> dict[str, Any] | None:
+    """Raises ValueError for a file that is not there, or is no result."""
+    if path is None:
+        return None
+    try:
+        found = read_json(Path(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--kept {path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or not {"table", "trainings", "points"} <= found.keys():
+        raise ValueError(f"--kept {path} is no result of a table: name a result.json that this command wrote")
+    return found
 
 
 def given(text: str | None, read: Callable[[str], Value]) -> Value | None:

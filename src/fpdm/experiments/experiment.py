@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fpdm.drawing import Choices, load_pipeline
+from fpdm.experiments import kept as kepts
 from fpdm.experiments.points import Axes, Point, Settings, distinct
 from fpdm.experiments.residuals import residuals_by_timestep
 from fpdm.experiments.sweep import all_points, check_claim, run_points
@@ -39,6 +40,8 @@ class Experiment:
 
     data       of the ground, where it is
     processes  trainings, and points, at a time
+    kept       a result of this table from elsewhere: its trainings are not done here, but are in the result, and those
+               that are done here draw by the plans that it has chosen
     """
 
     name: str
@@ -50,6 +53,7 @@ class Experiment:
     processes: int = 1
     device: str = "auto"
     say: Callable[[str], None] = print
+    kept: Row | None = None
 
     def run(self, part: Part = WHOLE) -> Row:
         """Compute what is missing of the table, or of a part of it; the table as far as it is there.
@@ -72,23 +76,25 @@ class Experiment:
     def check(self, part: Part = WHOLE) -> None:
         """Raises ValueError for what `run` would be refused for."""
         part.check(self.table, self.ground)
-        trainings = self.trainings(part)
-        source = open_source(trainings[0].config.data)
-        check_runs(trainings, self.runs, source.fingerprint)
+        if self.kept is not None:
+            kepts.check_kept(self.kept, self.name, self.table, self.ground, self.steps())
+        if trainings := self.trainings(part):
+            source = open_source(trainings[0].config.data)
+            check_runs(trainings, self.runs, source.fingerprint)
         for name, images in (("choose", self.ground.chosen_on), ("report", self.ground.reported_on)):
             check_claim(self.out / name, self.settings(images), [])
 
     # --- trainings -------------------------------------------------------------------------------------------------
 
     def trainings(self, part: Part = WHOLE) -> list[Training]:
-        """Of all models, or those of a part and with them the ones that plans are chosen by; seed by seed, so that a
-        table that is stopped half-way has all rows of some seeds."""
-        steps, first = self.steps(), self.ground.seeds[0]
+        """Of all models, or those of a part and with them the ones that plans are chosen by, without those that are
+        kept; seed by seed, so that a table that is stopped half-way has all rows of some seeds."""
+        steps, first, there = self.steps(), self.ground.seeds[0], kepts.measured(self.kept)
         return [
             Training(label, seed, self.ground.recipe, {**self.changes(label), "steps": steps[label], "seed": seed})
             for seed in self.ground.seeds
             for label in self.table.models
-            if part.has(model=label) and (seed == first or part.has(seed=seed))
+            if part.has(model=label) and (seed == first or part.has(seed=seed)) and (label, seed) not in there
         ]
 
     def changes(self, label: str) -> Row:
@@ -188,7 +194,7 @@ class Experiment:
 
     def chosen(self, label: str) -> list[Row]:
         path = self.out / "chosen" / f"{label}.json"
-        return read_json(path) if path.is_file() else []
+        return read_json(path) if path.is_file() else kepts.chosen(self.kept, label, self.ground.seeds[0])
 
     # --- the table -------------------------------------------------------------------------------------------------
 
@@ -204,7 +210,7 @@ class Experiment:
                 if key in points:
                     found.append(cell_of(training, row, points[key]))
         some = next(iter(points.values()), None)
-        return {
+        made = {
             "table": self.name,
             "question": self.table.question,
             "equal": self.table.equal,
@@ -217,6 +223,20 @@ class Experiment:
             "real": some and {name: m["floor"] for name, m in measures(some).items()},
             "made_with": made_with("cpu") if some is None else some["made_with"],
         }
+        return made if self.kept is None else self.joined(made, self.kept)
+
+    def joined(self, made: Row, kept: Row) -> Row:
+        """A result with what is kept, in the order of one that was computed in one place."""
+        labels = list(self.table.models)
+
+        def order(row: Row) -> tuple[int, int]:
+            return self.ground.seeds.index(row["seed"]), labels.index(row["model"])
+
+        there = kepts.measured(kept)
+        kept = {**kept, "trainings": [row for row in kept["trainings"] if (row["model"], row["seed"]) in there]}
+        both = {name: sorted(made[name] + kept[name], key=order) for name in ("trainings", "points")}
+        by = made if made["points"] else kept
+        return {**made, **both, "real": by["real"], "made_with": by["made_with"]}
 
     def cost(self, training: Training) -> Row:
         """Parameters and operations of a training."""
