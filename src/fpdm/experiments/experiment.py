@@ -41,7 +41,7 @@ class Experiment:
     data       of the ground, where it is
     processes  trainings, and points, at a time
     kept       a result of this table from elsewhere: its trainings are not done here, but are in the result, and those
-               that are done here draw by the plans that it has chosen
+               that are done here draw by the plans that it has chosen; ways and budgets that it lacks are not added
     """
 
     name: str
