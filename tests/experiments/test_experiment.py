@@ -334,6 +334,11 @@ def test_a_part_of_a_table_is_all_that_is_computed(bench, trained, tmp_path, mon
     (TABLE, [Part(seeds=[0]), Part(models=["plain"])], Part()),
     (ALONE, [Part(seeds=[0])], Part(seeds=[1])),
     (TABLE, [Part()], Part()),
+    (TABLE, [Part(ways=["ddim"])], Part()),
+    (TABLE, [Part(ways=["ddim"])], Part(ways=["dpm"])),
+    (TABLE, [Part(budgets=[12])], Part()),
+    (TABLE, [Part(seeds=[0], ways=["dpm"]), Part(models=["looped"], budgets=[6])], Part()),
+    (ALONE, [Part(ways=["ddim"])], Part()),
 ])  # fmt: skip
 def test_a_table_of_elsewhere_is_gone_on_with_to_the_same(salt, table, first, then, bench, trained, tmp_path):
     bench.distance = salted(salt)
@@ -344,8 +349,33 @@ def test_a_table_of_elsewhere_is_gone_on_with_to_the_same(salt, table, first, th
     drawn = len(bench.of("choose"))
     result = experiment(tmp_path / "here", trained, table, kept=kept).run(then)
     assert json.loads(json.dumps(result)) == json.loads(json.dumps(wanted)) == read_json(tmp_path / "here/result.json")
-    if {(row["model"], row["seed"]) for row in kept["points"]} >= {(label, 0) for label in table.models}:
+    if cells(kept) >= {cell for cell in cells(wanted) if cell[1] == 0}:
         assert len(bench.of("choose")) == drawn  # nothing is chosen anew
+
+
+@pytest.mark.parametrize("salt", range(3))
+def test_a_table_that_has_got_more_models_is_gone_on_with(salt, bench, trained, tmp_path):
+    bench.distance = salted(salt)
+    wanted = experiment(tmp_path / "whole", trained).run()
+    kept = json.loads(json.dumps(experiment(tmp_path / "elsewhere", trained, ALONE).run()))
+    result = experiment(tmp_path / "here", trained, kept=kept).run()
+    assert json.loads(json.dumps(result)) == json.loads(json.dumps(wanted))
+
+
+def test_only_the_trainings_of_which_something_is_missing_are_done(bench, trained, tmp_path, monkeypatch):
+    """Here the later ones, too, where another way turns out to be better than what is kept."""
+    bench.distance = preferring(scheduler="dpm++")
+    experiment(tmp_path / "elsewhere", trained).run(Part(models=["plain"]))
+    experiment(tmp_path / "elsewhere", trained).run(Part(models=["looped"], ways=["ddim"]))
+    kept = read_json(tmp_path / "elsewhere/result.json")
+    names, drawn = train_here(monkeypatch), len(bench.of("report"))
+    result = experiment(tmp_path / "here", tmp_path / "runs", kept=kept).run()
+    assert names == ["looped-12-seed0", "looped-12-seed1"]
+    assert {(p.label, p.budget, p.choices.scheduler) for p in bench.of("report")[drawn:]} == {
+        ("looped-12-seed0", 6, "ddim"), ("looped-12-seed0", 12, "ddim"), ("looped-12-seed0", 12, "dpm++"),
+        ("looped-12-seed1", 6, "ddim"), ("looped-12-seed1", 12, "dpm++"),
+    }  # fmt: skip
+    assert ("looped", 1, "ddim", 12) not in cells(result), "it is not the best any more"
 
 
 def test_what_is_kept_is_not_trained(bench, trained, tmp_path, monkeypatch):
@@ -363,7 +393,9 @@ def test_what_is_kept_is_not_trained(bench, trained, tmp_path, monkeypatch):
     ("changes", "message"),
     [
         ({"table": "other"}, "the kept result has another table than tiny"),
-        ({"equal": "operations", "models": {}}, "has another equal and models than"),
+        ({"equal": "operations", "models": {"looped": "Looped", "plain": "Flat"}}, "has another equal and models than"),
+        ({"points": [{"model": "plain", "seed": 0, "way": "ddpm", "budget": 6}]}, "has another ways than"),
+        ({"points": [{"model": "plain", "seed": 0, "way": "dpm", "budget": 6}]}, "has another ways than"),
         ({"ground": {"recipe": "digits"}}, "has another ground"),
         ({"trainings": [{"model": "plain", "seed": 0, "steps": 13}]}, "plain trained for 13 steps, and here it is 12"),
     ],

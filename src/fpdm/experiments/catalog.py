@@ -25,6 +25,11 @@ MODELS = {
        for depth in (NEAREST, HALF, FULL)},
 }  # fmt: skip
 
+FEWER = {
+    "fpdm-few": Model("FPDM, N = 1, M = 2", {"no_grad_max": 1, "with_grad_max": 2}),
+    "fpdm-warm": Model("FPDM, N = 0, M = 1, half warm", {"no_grad_max": 0, "with_grad_max": 1, "warm_share": 0.5}),
+}  # fewer iterations a step, and so more steps
+
 METHODS = {
     "fpdm": Model("S-JFB, N = M = 3"),
     "jfb": Model("JFB, 6 and 1", {"gradient": "jfb", "no_grad_max": 6}),
@@ -82,7 +87,7 @@ TABLES = {
     ),
     "operations": Table(
         "And if all were trained with equally many operations?",
-        MODELS,
+        {**MODELS, **FEWER},
         {"best": BEST},
         equal="operations",
     ),

@@ -68,7 +68,7 @@ def needed_by(experiment: Experiment, part: Part, trainings: list[Training], mis
     training_time = sum(per_step * t.config.optimizer.steps for t in missing)
     choosing = reporting = 0.0
     seconds: dict[str, float] = {}
-    first, one_model = experiment.ground.seeds[0], len(experiment.table.models) == 1
+    chosen_on = experiment.ground.chosen_on if any(t.seed == experiment.ground.seeds[0] for t in trainings) else 0
     for budget in filter(lambda budget: part.has(budget=budget), experiment.table.budgets):
         of_ways = []  # seconds of each way's plans
         for axes in (
@@ -78,15 +78,15 @@ def needed_by(experiment: Experiment, part: Part, trainings: list[Training], mis
                 plan = Choices(budget, scheduler=axes.schedulers[0])
                 per_image = drawing_seconds(pipe.transformer, plan, pipe, seconds)
                 of_ways.append([per_image])
-                choosing += experiment.ground.chosen_on * TUNING_DRAWS * per_image
+                choosing += chosen_on * TUNING_DRAWS * per_image
                 continue
             points = distinct("", "", "", pipe, [w for w in untuned(axes, pipe) if w[0] == budget], [])
             of_ways.append([drawing_seconds(pipe.transformer, p.choices, pipe, seconds) for p in points])
         most = [max(own) for own in of_ways if own]
-        choosing += experiment.ground.chosen_on * sum(map(sum, of_ways))
+        choosing += chosen_on * sum(map(sum, of_ways))
         for training in trainings:
-            all_ways = training.seed == first or one_model
-            reporting += experiment.ground.reported_on * (sum(most) if all_ways else max(most, default=0.0))
+            per_image = sum(most) if experiment.has_all_ways(training.seed) else max(most, default=0.0)
+            reporting += experiment.ground.reported_on * per_image
     return Needed(training_time, choosing, reporting)
 
 

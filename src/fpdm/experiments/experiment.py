@@ -40,8 +40,9 @@ class Experiment:
 
     data       of the ground, where it is
     processes  trainings, and points, at a time
-    kept       a result of this table from elsewhere: its trainings are not done here, but are in the result, and those
-               that are done here draw by the plans that it has chosen; ways and budgets that it lacks are not added
+    kept       a result of this table from elsewhere, which may lack models, seeds, ways and budgets. A training of
+               which it has all points that are asked for is not done here; one of which it lacks some is, and those
+               points join it. Plans are chosen from what was found in both places
     """
 
     name: str
@@ -62,10 +63,12 @@ class Experiment:
         something else, and for data that is not there.
         """
         self.check(part)
-        trainings = self.trainings(part)
+        firsts = [t for t in self.trainings(part) if t.seed == self.ground.seeds[0]]
         try:
+            train_missing(firsts, self.runs, self.processes, self.say)
+            self.choose(firsts, part)
+            trainings = self.trainings(part)  # what is asked of later ones is known by now
             train_missing(trainings, self.runs, self.processes, self.say)
-            self.choose([t for t in trainings if t.seed == self.ground.seeds[0]], part)
             self.report(trainings, part)
         finally:
             result = self.result()
@@ -89,13 +92,32 @@ class Experiment:
     def trainings(self, part: Part = WHOLE) -> list[Training]:
         """Of all models, or those of a part and with them the ones that plans are chosen by, without those that are
         kept; seed by seed, so that a table that is stopped half-way has all rows of some seeds."""
-        steps, first, there = self.steps(), self.ground.seeds[0], kepts.measured(self.kept)
-        return [
+        steps, there = self.steps(), kepts.measured(self.kept)
+        asked = [
             Training(label, seed, self.ground.recipe, {**self.changes(label), "steps": steps[label], "seed": seed})
             for seed in self.ground.seeds
             for label in self.table.models
-            if part.has(model=label) and (seed == first or part.has(seed=seed)) and (label, seed) not in there
+            if part.has(model=label) and (seed == self.ground.seeds[0] or part.has(seed=seed))
         ]
+        return [t for t in asked if not self.is_kept(there.get((t.label, t.seed), set()), t, part)]
+
+    def is_kept(self, there: set[tuple[str, int]], training: Training, part: Part) -> bool:
+        """Whether `there`, ways and budgets of kept points, has all that a part asks of a training."""
+        asked = {
+            (way, budget)
+            for way, axes in self.table.ways.items()
+            for budget in axes.budgets
+            if part.has(way=way, budget=budget)
+        }
+        if self.has_all_ways(training.seed):
+            return asked <= there
+        best = {(row["way"], row["budget"]) for row in self.reported_by(training)}
+        unknown = {budget for _, budget in asked} - {budget for _, budget in best}  # not chosen yet
+        return bool(there) and asked & best <= there and unknown <= {budget for _, budget in there}
+
+    def has_all_ways(self, seed: int) -> bool:
+        """Whether all ways are measured of a seed's trainings: of the first seed, and of the only model of a table."""
+        return seed == self.ground.seeds[0] or len(self.table.models) == 1
 
     def changes(self, label: str) -> Row:
         """The fields of a model that differ from the recipe."""
@@ -135,7 +157,21 @@ class Experiment:
         values = self.measured("choose", list(wanted.values()), self.ground.chosen_on)
         (self.out / "chosen").mkdir(exist_ok=True, parents=True)
         for label, candidates in found.items():
-            write_json(self.out / "chosen" / f"{label}.json", chosen(candidates, values))
+            kept = kepts.chosen(self.kept, label, self.ground.seeds[0])
+            write_json(self.out / "chosen" / f"{label}.json", self.merged(chosen(candidates, values), kept))
+
+    def merged(self, made: list[Row], kept: list[Row]) -> list[Row]:
+        """Rows that were chosen here, and kept ones of other ways and budgets; the best of each budget is marked."""
+        rows = {self.place(row): row for row in [*kept, *made]}
+        least: dict[int, float] = {}
+        for row in rows.values():
+            if row["among"]:
+                least[row["budget"]] = min(row["value"], least.get(row["budget"], row["value"]))
+        return [{**row, "best": row["value"] == least.get(row["budget"])} for _, row in sorted(rows.items())]
+
+    def place(self, row: Row) -> tuple[int, int]:
+        """Of a way and a budget in the table."""
+        return list(self.table.ways).index(row["way"]), row["budget"]
 
     def candidates(self, training: Training) -> dict[tuple[str, int], list[Point]]:
         """The plans of each way and budget that a model can have."""
@@ -175,12 +211,8 @@ class Experiment:
         self.measured("report", list(points.values()), self.ground.reported_on)
 
     def reported_by(self, training: Training) -> list[Row]:
-        """The chosen plans that are measured of a training: of a model's first those of all ways, of the others at each
-        budget that of the best way; of the only model of a table all."""
-        rows = self.chosen(training.label)
-        if training.seed == self.ground.seeds[0] or len(self.table.models) == 1:
-            return rows
-        return [row for row in rows if row["best"]]
+        """The chosen plans that are measured of a training: of all ways, or at each budget of the best way."""
+        return [row for row in self.chosen(training.label) if row["best"] or self.has_all_ways(training.seed)]
 
     def measured(self, part: str, points: list[Point], images: int) -> dict[str, float]:
         """Point -> the Frechet distance of so many of its samples, of these and all that are there."""
@@ -226,17 +258,29 @@ class Experiment:
         return made if self.kept is None else self.joined(made, self.kept)
 
     def joined(self, made: Row, kept: Row) -> Row:
-        """A result with what is kept, in the order of one that was computed in one place."""
-        labels = list(self.table.models)
+        """A result with what is kept and was not made here, as one that was computed in one place has it."""
+        best = {(label, self.place(row)): row["best"] for label in self.table.models for row in self.chosen(label)}
+        points = {(row["model"], row["seed"], self.place(row)): row for row in [*kept["points"], *made["points"]]}
+        points = {
+            (label, seed, place): {**row, "best": best.get((label, place), row["best"])}
+            for (label, seed, place), row in points.items()
+            if self.has_all_ways(seed) or best.get((label, place), row["best"])
+        }
+        there = {key[:2] for key in points}
+        trainings = {(row["model"], row["seed"]): row for row in [*kept["trainings"], *made["trainings"]]}
+        labels, seeds = list(self.table.models), self.ground.seeds
 
-        def order(row: Row) -> tuple[int, int]:
-            return self.ground.seeds.index(row["seed"]), labels.index(row["model"])
+        def order(found: dict[Any, Row]) -> list[Row]:
+            return [found[key] for key in sorted(found, key=lambda k: (seeds.index(k[1]), labels.index(k[0]), k[2:]))]
 
-        there = kepts.measured(kept)
-        kept = {**kept, "trainings": [row for row in kept["trainings"] if (row["model"], row["seed"]) in there]}
-        both = {name: sorted(made[name] + kept[name], key=order) for name in ("trainings", "points")}
         by = made if made["points"] else kept
-        return {**made, **both, "real": by["real"], "made_with": by["made_with"]}
+        return {
+            **made,
+            "trainings": order({key: row for key, row in trainings.items() if key in there}),
+            "points": order(points),
+            "real": by["real"],
+            "made_with": by["made_with"],
+        }
 
     def cost(self, training: Training) -> Row:
         """Parameters and operations of a training."""
@@ -271,8 +315,7 @@ def is_open(candidates: dict[tuple[str, int], list[Point]], budget: int) -> bool
 
 
 def chosen(candidates: dict[tuple[str, int], list[Point]], values: dict[str, float]) -> list[Row]:
-    """Of each way and budget the best point, once all have a value; it is the `best` of its budget if no other way has
-    a better one. Where there is but one plan, it needs no value."""
+    """Of each way and budget the best point, once all have a value. Where there is but one plan, it needs none."""
     rows = list[Row]()
     for (way, budget), points in candidates.items():
         among = points if is_open(candidates, budget) else []
@@ -285,10 +328,7 @@ def chosen(candidates: dict[tuple[str, int], list[Point]], values: dict[str, flo
                 "value": values[choice.key] if among else None,
                 "among": [{"choices": p.choices.to_dict(), "value": values[p.key]} for p in among],
             })  # fmt: skip
-    least = {
-        row["budget"]: min(r["value"] for r in rows if r["budget"] == row["budget"]) for row in rows if row["among"]
-    }
-    return [{**row, "best": row["value"] == least.get(row["budget"])} for row in rows]
+    return rows
 
 
 def reported(choices: Row) -> Choices:

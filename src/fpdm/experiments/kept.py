@@ -1,6 +1,7 @@
 """A table that was computed elsewhere: what it has is not computed again, and joins what is computed here."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,11 +13,17 @@ PLAN = ("iterations", "allocation", "reuse", "solver", "scheduler")
 
 
 def check_kept(kept: Row, name: str, table: Table, ground: Ground, steps: dict[str, int]) -> None:
-    """Raises ValueError for the result of another table, or of one whose models, ground or steps are others now."""
+    """Raises ValueError for the result of another table, or of one whose models, ways, ground or steps are others now.
+    That it has fewer is allowed."""
     on = json.loads(json.dumps({**asdict(ground), "data": None}))
     titles = {label: model.title for label, model in table.models.items()}
-    wanted = {"table": name, "equal": table.equal, "ground": on, "models": titles}
-    if others := [what for what, value in wanted.items() if kept.get(what) != value]:
+    wanted = {"table": name, "equal": table.equal, "ground": on}
+    others = [what for what, value in wanted.items() if kept.get(what) != value]
+    if not kept.get("models", {}).items() <= titles.items():
+        others.append("models")
+    if any(point["budget"] not in budgets_of(table, point["way"]) for point in kept.get("points", [])):
+        others.append("ways")
+    if others:
         raise ValueError(
             f"the kept result has another {' and '.join(others)} than {name}: name one that this command wrote"
         )
@@ -26,14 +33,21 @@ def check_kept(kept: Row, name: str, table: Table, ground: Ground, steps: dict[s
             raise ValueError(f"the kept result has {label} trained for {made} steps, and here it is {steps[label]}")
 
 
-def measured(kept: Row | None) -> set[tuple[str, int]]:
-    """Labels and seeds of the trainings that a kept table has points of."""
-    return {(point["model"], point["seed"]) for point in (kept or {"points": []})["points"]}
+def budgets_of(table: Table, way: str) -> Sequence[int]:
+    return table.ways[way].budgets if way in table.ways else ()
+
+
+def measured(kept: Row | None) -> dict[tuple[str, int], set[tuple[str, int]]]:
+    """(label, seed) of a kept table's trainings -> (way, budget) of the points that it has of them."""
+    there: dict[tuple[str, int], set[tuple[str, int]]] = {}
+    for point in points_of(kept):
+        there.setdefault((point["model"], point["seed"]), set()).add((point["way"], point["budget"]))
+    return there
 
 
 def chosen(kept: Row | None, label: str, seed: int) -> list[Row]:
     """The plans that were chosen by a training, as an experiment keeps them in OUT/chosen."""
-    points = [p for p in (kept or {"points": []})["points"] if (p["model"], p["seed"]) == (label, seed)]
+    points = [p for p in points_of(kept) if (p["model"], p["seed"]) == (label, seed)]
     rows = []
     for point in points:
         among = [{"choices": whole(point, other), "value": other["value"]} for other in point["among"]]
@@ -47,6 +61,10 @@ def chosen(kept: Row | None, label: str, seed: int) -> list[Row]:
             "best": point["best"],
         })  # fmt: skip
     return rows
+
+
+def points_of(kept: Row | None) -> list[Row]:
+    return [] if kept is None else kept["points"]
 
 
 def whole(point: Row, unusual: Row) -> Row:
