@@ -35,9 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts.add_argument("--seeds", metavar="N,N...", help="some trainings of each (0,1,2; 0 on fashion-mnist)")
     parts.add_argument("--ways", metavar="NAME,...", help="some ways to draw, such as UniPC (all)")
     parts.add_argument("--budgets", metavar="N,N...", help="some budgets (all)")
-    parser.add_argument(
-        "--kept", metavar="FILE", help="result of this table from elsewhere: what it has is not redone"
-    )
+    parser.add_argument("--kept", metavar="FILE", help="result of this table from elsewhere: what it has is not redone")
     parser.add_argument("--out", default="experiments", metavar="DIR", help="folder of all tables (experiments)")
     parser.add_argument("--runs-dir", metavar="DIR", help="folder of the trainings (OUT/runs-GROUND)")
     parser.add_argument(
