@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from fpdm.experiments.show import plot
+from fpdm.experiments.plots import plot
 
 ROOT = Path(__file__).parents[1]
 REPRODUCTION = "benchmarks/results/2026-11-23-reproduction"

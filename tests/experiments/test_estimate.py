@@ -21,7 +21,7 @@ def timed(monkeypatch):
     labels, pipes = [], {}
 
     class Call:
-        fixed = per_iteration = HOUR * estimating.BATCH
+        fixed = per_iteration = HOUR * estimating.AT_ONCE
 
     def steps(training):
         labels.append(training.label)

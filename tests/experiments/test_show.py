@@ -1,41 +1,15 @@
-"""Tables and plots of a result: what stands in each cell, and which is bold."""
+"""Tables of a result: what stands in each cell, and which is bold."""
 
 import pytest
-from PIL import Image
 
-from fpdm.experiments.show import as_text, compared, markdown, plot, values_of, write_page
-
-MODELS = {"fpdm": "FPDM", "dit": "DiT"}
-PARAMETERS = {"fpdm": 250_000, "dit": 1_234_567}
-
-
-def point(model, way, budget, value, seed=0, best=True):
-    measures = {"FD-fake": [value, value - 0.1, value + 0.1], "KD": [9.0, 9.0, 9.0]}
-    return {"model": model, "way": way, "budget": budget, "seed": seed, "best": best, "measures": measures}
-
-
-def result_of(points, models=MODELS, ways=("DDIM", "UniPC"), budgets=(24, 560), real=0.125):
-    return {
-        "question": "Which is better?",
-        "models": models,
-        "ways": list(ways),
-        "budgets": list(budgets),
-        "trainings": [{"model": label, "parameters": PARAMETERS[label]} for label in models],
-        "points": points,
-        "real": real and {"FD-fake": real, "KD": 0.0},
-    }
+from fpdm.experiments.rows import compared, values_of
+from fpdm.experiments.show import as_text, markdown, write_page
+from tests.experiments.results import MODELS, is_drawn, point, result_of, two_models
 
 
 @pytest.fixture
 def result():
-    """FPDM is better at 24, with DDIM; DiT at 560, with UniPC, by which FPDM has none there."""
-    return result_of([
-        *(point("fpdm", "DDIM", 24, value, seed) for seed, value in enumerate((1.0, 2.0, 3.0))),
-        point("fpdm", "UniPC", 24, 0.5, best=False),
-        point("fpdm", "DDIM", 560, 1.5),
-        point("dit", "DDIM", 24, 7.0, best=False), point("dit", "UniPC", 24, 6.0),
-        *(point("dit", "UniPC", 560, value, seed) for seed, value in enumerate((0.5, 1.5))),
-    ])  # fmt: skip
+    return two_models()
 
 
 def cells(text):
@@ -119,29 +93,6 @@ def test_text_is_the_table_in_columns_below_the_question(result):
 )
 def test_values_are_of_the_way_with_most_trainings(points, values):
     assert values_of(point("fpdm", *given) for given in points) == values
-
-
-def is_drawn(path):
-    with Image.open(path) as image:
-        return image.format == "PNG" and len(image.convert("RGB").getcolors(10**7)) > 5
-
-
-@pytest.mark.parametrize("models", [MODELS, {"fpdm": "FPDM"}], ids=len)
-@pytest.mark.parametrize("real", [0.125, None])
-def test_a_plot_is_a_picture(models, real, result, tmp_path):
-    points = [p for p in result["points"] if p["model"] in models]
-    plot(result_of(points, models, real=real), tmp_path / "plot.png")
-    assert is_drawn(tmp_path / "plot.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["plot.png"]
-
-
-def test_a_plot_has_room_for_more_models_than_colours(tmp_path):
-    labels = [f"m{i}" for i in range(9)]
-    many = result_of([point(label, "DDIM", 24, 1.0 + i) for i, label in enumerate(labels)], models={})
-    many |= {"models": {label: label for label in labels}, "ways": ["DDIM"]}
-    many["trainings"] = [{"model": label, "parameters": 10**6} for label in labels]
-    plot(many, tmp_path / "plot.png")
-    assert is_drawn(tmp_path / "plot.png")
 
 
 def test_a_page_has_the_plot_and_the_tables_of_all_ways(result, tmp_path):

@@ -8,6 +8,7 @@ import time
 
 import pytest
 from filelock import FileLock
+from tqdm import tqdm
 
 from fpdm.cli import train
 from fpdm.cli.main import make_parser
@@ -116,6 +117,21 @@ def test_a_training_that_was_stopped_is_gone_on_with(trained, tmp_path, monkeypa
     found, wanted = (tensors_of(folder / training().name, 12) for folder in (tmp_path, trained))
     assert all((found[name] == wanted[name]).all() for name in wanted)
     assert written(training(), tmp_path)["loss"] == written(training(), trained)["loss"]
+
+
+def test_the_time_left_counts_what_a_killed_training_does_once_more(tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr("fpdm.experiments.trainings.tqdm", lambda **words: bars.append(tqdm(**words)) or bars[0])
+    folder, names = tmp_path / training().name, train_here(monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 6)
+        Trainer(training().config, folder).run()
+    with (folder / "log.jsonl").open("a") as log:
+        log.write('{"step": 10}\n')
+    train_missing([training()], tmp_path, 1, quiet)
+    (bar,) = bars
+    assert names
+    assert (bar.initial, bar.n, bar.total) == (6, 12, 12)
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,15 @@ DEPTHS = {
        for pre, post in ((2, 1), (1, 2), (2, 2), (4, 4))},
 }  # fmt: skip
 
+
+def counted(n: int) -> str:
+    return "1 iteration" if n == 1 else f"{n} iterations"
+
+
 SMOOTHED = (*ITERATIONS, 12)
 SPENDING = {
-    **{f"{n} iterations, no reuse": Axes(FEW_BUDGETS, ("dpm++",), (n,), reuses=("none",)) for n in SMOOTHED},
-    **{f"{n} iterations": Axes(FEW_BUDGETS, ("dpm++",), (n,)) for n in SMOOTHED},
+    **{f"{counted(n)}, no reuse": Axes(FEW_BUDGETS, ("dpm++",), (n,), reuses=("none",)) for n in SMOOTHED},
+    **{counted(n): Axes(FEW_BUDGETS, ("dpm++",), (n,)) for n in SMOOTHED},
     "linear forecast": Axes(FEW_BUDGETS, ("dpm++",), ITERATIONS, reuses=("linear",)),
     **{f"{name} allocation": Axes(FEW_BUDGETS, ("dpm++",), ITERATIONS, allocations=(f"linear:{slope}",))
        for name, slope in (("rising", 1), ("falling", -1))},
@@ -77,7 +82,7 @@ SPENDING = {
 }  # fmt: skip
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 24, 48)  # training makes 1 to 6, or 1 to 12
-AT_20 = {f"{n} iterations": Axes((20 * (2 + n),), ("dpm++",), (n,)) for n in LENGTHS}  # 20 timesteps each
+AT_20 = {counted(n): Axes((20 * (2 + n),), ("dpm++",), (n,)) for n in LENGTHS}  # 20 timesteps each
 
 TABLES = {
     "main": Table(

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from fpdm.drawing import Choices
-from fpdm.experiments.experiment import Experiment, untuned
+from fpdm.experiments.experiment import AT_ONCE, Experiment, untuned
 from fpdm.experiments.points import distinct
 from fpdm.experiments.table import WHOLE, Part, Training
 from fpdm.experiments.trainings import is_trained
@@ -21,7 +21,6 @@ from fpdm.sampling import measure_seconds, solver_of
 from fpdm.training.loop import Trainer
 
 WARM, TIMED = 2, 10  # steps
-BATCH = 64  # samples at a time
 TUNING_DRAWS = 25  # of as many samples as a plan is chosen on, that a tuning makes for a budget, about
 
 
@@ -94,12 +93,12 @@ def drawing_seconds(model: Denoiser, choices: Choices, pipe: FixedPointDiTPipeli
     """Seconds per image. `known` keeps what was timed, by solver."""
     plan = choices.plan(pipe)
     if choices.solver not in known:
-        timed = measure_seconds(model, BATCH, solver_of(choices.solver))
+        timed = measure_seconds(model, AT_ONCE, solver_of(choices.solver))
         known[choices.solver] = timed.fixed
         known[choices.solver + " per iteration"] = timed.per_iteration
     iterations = sum(n or 0 for n in plan.iterations)
     fixed, per_iteration = known[choices.solver], known[choices.solver + " per iteration"]
-    return (plan.num_steps * fixed + iterations * per_iteration) / BATCH
+    return (plan.num_steps * fixed + iterations * per_iteration) / AT_ONCE
 
 
 def time_steps(training: Training) -> tuple[float, FixedPointDiTPipeline]:

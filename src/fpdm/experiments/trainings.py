@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fpdm.experiments.table import Training
 from fpdm.files import read_json
+from fpdm.training.checkpoints import all_steps
 from fpdm.training.config import Config, differences
 from fpdm.training.listing import numbers, standing
 
@@ -44,7 +45,7 @@ def train_missing(
         return
     threads = threads or max(1, (os.cpu_count() or 1) // processes)
     waiting, working = list(missing), list[tuple[Training, subprocess.Popen[bytes]]]()
-    total, done = (sum(count(training) for training in missing) for count in (steps_of, lambda t: steps_done(t, runs)))
+    total, done = sum(map(steps_of, missing)), sum(steps_kept(training, runs) for training in missing)
     with tqdm(total=total, initial=done, unit="step", mininterval=0.5, desc="training") as bar:
         try:
             while waiting or working:
@@ -70,6 +71,11 @@ def is_trained(training: Training, runs: Path) -> bool:
 
 def steps_of(training: Training) -> int:
     return training.config.optimizer.steps
+
+
+def steps_kept(training: Training, runs: Path) -> int:
+    """Where it goes on: the log of a process that was killed says more, which is done once more."""
+    return max(all_steps(runs / training.name / "checkpoints"), default=0)
 
 
 def steps_done(training: Training, runs: Path) -> int:
