@@ -10,10 +10,12 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 from fpdm.evaluation import Evaluation, Measure
 from fpdm.evaluation.result import significant
+from fpdm.experiments.rows import distance, reached
 from fpdm.experiments.show import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -211,6 +213,30 @@ def experiment(path: str, *way: str) -> str:
     return markdown(json.loads((ROOT / path).read_text()), *way)
 
 
+def ratios(path: str, label: str) -> str:
+    """The Frechet distance of a model relative to each explicit network's, training by training: the geometric mean and
+    the range. Below 1 the model is ahead; bold where it is in every training."""
+    result = json.loads((ROOT / path).read_text())
+    explicit = dict.fromkeys(t["model"] for t in result["trainings"] if "--network dit" in t["command"])
+    found = {(p["model"], p["budget"], p["seed"]): distance(p) for p in result["points"] if p["best"]}
+    budgets, seeds = reached(result, "budgets"), sorted({seed for _, _, seed in found})
+    lines = [row([f"{result['models'][label]}, relative to", *map(str, budgets)]), row(["---"] * (1 + len(budgets)))]
+    for other in explicit:
+        cells = []
+        for budget in budgets:
+            keys = [((label, budget, seed), (other, budget, seed)) for seed in seeds]
+            values = [found[own] / found[its] for own, its in keys if own in found and its in found]
+            cells.append(ratio_cell(values) if values else "")
+        lines.append(row([result["models"][other], *cells]))
+    return "\n".join(lines)
+
+
+def ratio_cell(values: list[float]) -> str:
+    mean = f"{geometric_mean(values):.2f}"
+    text = f"**{mean}**" if max(values) < 1 else mean
+    return text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})"
+
+
 def performance(path: str) -> str:
     """What was held against bars, and whether they hold."""
     lines = [row(["", "batch", "", "measured", "bar", ""]), row(["---"] * 6)]
@@ -279,6 +305,7 @@ def waiting(path: str) -> str:
 
 TABLES: dict[str, Callable[..., str]] = {
     "experiment": experiment,
+    "ratios": ratios,
     "metrics": metrics,
     "models": models,
     "ladder": ladder,

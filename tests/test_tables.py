@@ -123,3 +123,30 @@ def test_tables_take_the_place_of_what_stood_between_the_marks(tables, tmp_path)
     assert found.endswith("<!-- end -->\nafter\n")
     assert "old" not in found
     assert tables.rendered(found) == found
+
+
+def test_ratios_compare_trainings_of_one_seed_and_are_bold_where_all_are_below_one(tables, tmp_path):
+    values = {
+        ("fpdm", 24): (1.0, 4.0), ("dit", 24): (2.0, 4.0), ("dit-deep", 24): (4.0, 8.0),
+        ("fpdm", 80): (3.0,), ("dit", 80): (2.0, 9.0),
+    }  # fmt: skip
+    points = [
+        {"model": model, "way": "UniPC", "budget": budget, "seed": seed, "best": True, "measures": {"FD": [value]}}
+        for (model, budget), of_seeds in values.items()
+        for seed, value in enumerate(of_seeds)
+    ]
+    points += [{**points[0], "way": "DDIM", "best": False, "measures": {"FD": [100.0]}}]
+    commands = {"fpdm": "fpdm train digits", "dit": "fpdm train digits --network dit --depth 2"}
+    commands["dit-deep"] = "fpdm train digits --network dit --depth 4"
+    result = {
+        "models": {"fpdm": "FPDM", "dit": "DiT", "dit-deep": "deep DiT"},
+        "budgets": [24, 80],
+        "trainings": [{"model": model, "command": command} for model, command in commands.items()],
+        "points": points,
+    }
+    assert cells(tables.ratios(written(tmp_path / "result.json", result), "fpdm")) == [
+        ["FPDM, relative to", "24", "80"],
+        ["---", "---", "---"],
+        ["DiT", "0.71 (0.50 to 1.00)", "1.50"],
+        ["deep DiT", "**0.35** (0.25 to 0.50)", ""],
+    ]

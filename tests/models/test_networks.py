@@ -98,6 +98,8 @@ def test_an_unknown_preset_is_answered_with_the_nearest(name, nearest):
     {"num_pre": 3, "num_core": 1, "num_post": 2, "time_in_pre_post": True},
     {"num_pre": 1, "num_core": 4, "num_post": 1},
     {"num_pre": 2, "num_core": 2, "num_post": 1, "input_skip": True},
+    {"num_pre": 0, "num_core": 3, "num_post": 0, "input_skip": True, "time_in_pre_post": True},
+    {"num_pre": 0, "num_core": 1, "num_post": 1},
 ])  # fmt: skip
 def test_shapes(settings, middle):
     model = dit(**settings, **middle) if "depth" in middle else fixed_point_dit(**settings, **middle)
@@ -123,8 +125,8 @@ def test_shapes(settings, middle):
     (lambda: dit(num_heads=0),                          "num_heads is 0"),
     (lambda: dit(num_classes=-1),                       "num_classes is -1"),
     (lambda: dit(depth=0),                              "depth is 0"),
-    (lambda: fixed_point_dit(num_pre=0),                "num_pre is 0"),
-    (lambda: fixed_point_dit(num_core=0),               "num_core is 0"),
+    (lambda: fixed_point_dit(num_pre=-1),               "num_pre is -1; it must be at least 0"),
+    (lambda: fixed_point_dit(num_core=0),               "num_core is 0; it must be at least 1"),
     (lambda: fixed_point_dit(num_post=-2),              "num_post is -2"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_named(make, said):
@@ -302,7 +304,7 @@ def test_a_solve_to_tolerance_finds_the_fixed_point():
 
 
 @pytest.mark.parametrize("n", [1, 2, 6])
-@pytest.mark.parametrize(("num_pre", "num_core", "num_post"), [(1, 1, 1), (2, 3, 1), (1, 2, 4)])
+@pytest.mark.parametrize(("num_pre", "num_core", "num_post"), [(1, 1, 1), (2, 3, 1), (1, 2, 4), (0, 3, 0), (0, 1, 2)])
 def test_passes_are_what_is_run_and_the_context_is_computed_once(num_pre, num_core, num_post, n):
     model = fixed_point_dit(num_pre=num_pre, num_core=num_core, num_post=num_post)
     blocks = [module for module in model.modules() if isinstance(module, Block)]
@@ -343,10 +345,11 @@ def test_the_core_is_the_textbook_one(num_core, input_skip):
 
 
 @pytest.mark.parametrize("input_skip", [False, True])
+@pytest.mark.parametrize("outer", [0, 1])
 @pytest.mark.parametrize("num_core", [1, 2])
 @pytest.mark.parametrize("step", range(3))
-def test_every_parameter_gets_a_gradient(num_core, step, input_skip):
-    model = fixed_point_dit(num_core=num_core, input_skip=input_skip)
+def test_every_parameter_gets_a_gradient(num_core, step, outer, input_skip):
+    model = fixed_point_dit(num_pre=outer, num_core=num_core, num_post=outer, input_skip=input_skip)
     gradient = StochasticJacobianFree((0, 3), (1, 3)).draw(generator("step", step))
     model(*batch(model, 4), solve=Solve(gradient=gradient)).sample.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]

@@ -22,7 +22,7 @@ def test_an_explicit_network_by_hand(depth):
     assert cost == Cost(EMBED + depth * (MODULATION + BLOCK) + FINAL, 0)
 
 
-@pytest.mark.parametrize(("pre", "core", "post"), [(1, 1, 1), (1, 2, 1), (3, 1, 2)])
+@pytest.mark.parametrize(("pre", "core", "post"), [(1, 1, 1), (1, 2, 1), (3, 1, 2), (0, 3, 0)])
 @pytest.mark.parametrize("time_in_pre_post", [False, True])
 def test_a_fixed_point_network_by_hand(pre, core, post, time_in_pre_post):
     counts = {"num_pre": pre, "num_core": core, "num_post": post, "time_in_pre_post": time_in_pre_post}

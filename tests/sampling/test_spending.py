@@ -22,7 +22,8 @@ GUIDANCES = (Guidance(), Guidance(3.0), Guidance(3.0, (200, 800)), Guidance(2.0,
 
 
 SIZES_TESTED = [
-    {"num_pre": pre, "num_core": core, "num_post": post} for pre, core, post in ((1, 1, 1), (2, 1, 1), (1, 3, 2))
+    {"num_pre": pre, "num_core": core, "num_post": post}
+    for pre, core, post in ((1, 1, 1), (2, 1, 1), (1, 3, 2), (0, 3, 0))
 ]
 NETWORKS = [
     *(tiny(hidden_size=8, **size) for size in SIZES_TESTED),

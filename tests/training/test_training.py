@@ -84,6 +84,7 @@ def test_a_short_run_learns_and_leaves_a_model_that_opens(tmp_path):
         {"network": "dit", "depth": 2},
         {"conditional": False},
         {"num_core": 2, "num_pre": 2},
+        {"num_core": 2, "num_pre": 0, "num_post": 0, "warm_share": 0.5},
         {"prediction_type": "v_prediction", "zero_terminal_snr": True, "learned_variance": False},
         {"prediction_type": "sample", "beta_schedule": "cosine", "min_snr_gamma": 5.0},
         {"mixed_precision": "bf16"},

@@ -69,8 +69,9 @@ class FixedPointDiT(Denoiser):
     sample_size          height and width of the image or latent; a multiple of patch_size
     in_channels          channels of the image or latent
     hidden_size          width D; a multiple of 4 and of num_heads
-    num_pre, num_post    explicit blocks before and after the implicit layer, at least 1
-    num_core             blocks in the shared group, K; the paper has 1
+    num_pre, num_post    explicit blocks before and after the implicit layer; the paper has 1 or more. With none, all
+                         passes are of shared blocks
+    num_core             blocks in the shared group, K, at least 1; the paper has 1
     num_classes          0 for an unconditional model; label `num_classes` is the null class
     learned_variance     whether the output has a second half, for the variance (Nichol and Dhariwal 2021)
     time_in_pre_post     whether pre and post blocks and the final layer see t as well as y
@@ -97,9 +98,9 @@ class FixedPointDiT(Denoiser):
     ):
         super().__init__()
         self._build(sample_size, patch_size, in_channels, hidden_size, num_heads)
-        for name, count in (("num_pre", num_pre), ("num_core", num_core), ("num_post", num_post)):
-            if count < 1:
-                raise ValueError(f"{name} is {count}; it must be at least 1")
+        for name, count, least in (("num_pre", num_pre, 0), ("num_core", num_core, 1), ("num_post", num_post, 0)):
+            if count < least:
+                raise ValueError(f"{name} is {count}; it must be at least {least}")
         self.pre = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_pre))
         self.core = FixedPointCore(hidden_size, num_heads, num_core, input_skip)
         self.post = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_post))
