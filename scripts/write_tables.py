@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import Any
 
 from fpdm.evaluation import Evaluation, Measure
@@ -213,28 +213,60 @@ def experiment(path: str, *way: str) -> str:
     return markdown(json.loads((ROOT / path).read_text()), *way)
 
 
+class Distances:
+    """The Frechet distances of an experiment's result, by model and budget: seed -> distance of the best way."""
+
+    def __init__(self, path: str):
+        result = json.loads((ROOT / path).read_text())
+        self.titles: dict[str, str] = result["models"]
+        self.budgets: list[int] = reached(result, "budgets")
+        self.found: dict[tuple[str, int], dict[int, float]] = {}
+        for p in filter(lambda p: p["best"], result["points"]):
+            self.found.setdefault((p["model"], p["budget"]), {})[p["seed"]] = distance(p)
+        commands = {t["model"]: t["command"] for t in result["trainings"]}
+        self.explicit = [label for label in self.titles if "--network dit" in commands.get(label, "")]
+        self.implicit = [label for label in self.titles if label in commands and label not in self.explicit]
+
+    def head(self, first: str) -> list[str]:
+        return [row([first, *map(str, self.budgets)]), row(["---"] * (1 + len(self.budgets)))]
+
+    def ratio(self, label: str, other: str, budget: int) -> str:
+        """Of one model to another, training by training: the geometric mean and the range. Below 1 the first is ahead;
+        bold where it is in every training."""
+        own, its = (self.found.get((name, budget), {}) for name in (label, other))
+        values = [own[seed] / its[seed] for seed in own.keys() & its.keys()]
+        if not values:
+            return ""
+        middle = f"{geometric_mean(values):.2f}"
+        text = f"**{middle}**" if max(values) < 1 else middle
+        return text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})"
+
+    def lowest(self, labels: list[str], budget: int) -> str:
+        """The model whose mean is the lowest."""
+        return min((fmean(self.found[label, budget].values()), label) for label in labels
+                   if (label, budget) in self.found)[1]  # fmt: skip
+
+
 def ratios(path: str, label: str) -> str:
-    """The Frechet distance of a model relative to each explicit network's, training by training: the geometric mean and
-    the range. Below 1 the model is ahead; bold where it is in every training."""
-    result = json.loads((ROOT / path).read_text())
-    explicit = dict.fromkeys(t["model"] for t in result["trainings"] if "--network dit" in t["command"])
-    found = {(p["model"], p["budget"], p["seed"]): distance(p) for p in result["points"] if p["best"]}
-    budgets, seeds = reached(result, "budgets"), sorted({seed for _, _, seed in found})
-    lines = [row([f"{result['models'][label]}, relative to", *map(str, budgets)]), row(["---"] * (1 + len(budgets)))]
-    for other in explicit:
-        cells = []
-        for budget in budgets:
-            keys = [((label, budget, seed), (other, budget, seed)) for seed in seeds]
-            values = [found[own] / found[its] for own, its in keys if own in found and its in found]
-            cells.append(ratio_cell(values) if values else "")
-        lines.append(row([result["models"][other], *cells]))
+    """The Frechet distance of a model relative to each explicit network's."""
+    table = Distances(path)
+    lines = table.head(f"{table.titles[label]}, relative to")
+    for other in table.explicit:
+        lines.append(row([table.titles[other], *(table.ratio(label, other, budget) for budget in table.budgets)]))
     return "\n".join(lines)
 
 
-def ratio_cell(values: list[float]) -> str:
-    mean = f"{geometric_mean(values):.2f}"
-    text = f"**{mean}**" if max(values) < 1 else mean
-    return text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})"
+def best(path: str) -> str:
+    """The best explicit network at each budget, the best fixed point network, and what the one has of the other's."""
+    table = Distances(path)
+    chosen = [[table.lowest(kind, budget) for budget in table.budgets] for kind in (table.explicit, table.implicit)]
+    lines = table.head("block passes")
+    for name, labels in zip(("best DiT", "best FPDM"), chosen, strict=True):
+        cells = [f"{table.titles[label]}: {significant(fmean(table.found[label, budget].values()))}"
+                 for label, budget in zip(labels, table.budgets, strict=True)]  # fmt: skip
+        lines.append(row([name, *cells]))
+    ratios = [table.ratio(own, other, b) for other, own, b in zip(*chosen, table.budgets, strict=True)]
+    return "\n".join([*lines, row(["FPDM relative to DiT", *ratios])])
 
 
 def performance(path: str) -> str:
@@ -306,6 +338,7 @@ def waiting(path: str) -> str:
 TABLES: dict[str, Callable[..., str]] = {
     "experiment": experiment,
     "ratios": ratios,
+    "best": best,
     "metrics": metrics,
     "models": models,
     "ladder": ladder,

@@ -125,10 +125,12 @@ def test_tables_take_the_place_of_what_stood_between_the_marks(tables, tmp_path)
     assert tables.rendered(found) == found
 
 
-def test_ratios_compare_trainings_of_one_seed_and_are_bold_where_all_are_below_one(tables, tmp_path):
+@pytest.fixture
+def compared(tmp_path):
+    """Two fixed point networks and two explicit ones, with distances by seed."""
     values = {
-        ("fpdm", 24): (1.0, 4.0), ("dit", 24): (2.0, 4.0), ("dit-deep", 24): (4.0, 8.0),
-        ("fpdm", 80): (3.0,), ("dit", 80): (2.0, 9.0),
+        ("fpdm", 24): (1.0, 4.0), ("fpdm-large", 24): (3.0, 8.0), ("dit", 24): (2.0, 4.0), ("dit-deep", 24): (4.0, 8.0),
+        ("fpdm", 80): (3.0,), ("fpdm-large", 80): (1.5, 1.5), ("dit", 80): (2.0, 9.0),
     }  # fmt: skip
     points = [
         {"model": model, "way": "UniPC", "budget": budget, "seed": seed, "best": True, "measures": {"FD": [value]}}
@@ -136,17 +138,27 @@ def test_ratios_compare_trainings_of_one_seed_and_are_bold_where_all_are_below_o
         for seed, value in enumerate(of_seeds)
     ]
     points += [{**points[0], "way": "DDIM", "best": False, "measures": {"FD": [100.0]}}]
-    commands = {"fpdm": "fpdm train digits", "dit": "fpdm train digits --network dit --depth 2"}
-    commands["dit-deep"] = "fpdm train digits --network dit --depth 4"
-    result = {
-        "models": {"fpdm": "FPDM", "dit": "DiT", "dit-deep": "deep DiT"},
-        "budgets": [24, 80],
-        "trainings": [{"model": model, "command": command} for model, command in commands.items()],
-        "points": points,
-    }
-    assert cells(tables.ratios(written(tmp_path / "result.json", result), "fpdm")) == [
+    names = {"fpdm": "FPDM", "fpdm-large": "large FPDM", "dit": "DiT", "dit-deep": "deep DiT", "fpdm-later": "later"}
+    flags = {"dit": " --network dit --depth 2", "dit-deep": " --network dit --depth 4"}
+    trainings = [{"model": model, "command": f"fpdm train digits{flags.get(model, '')}"} for model in list(names)[:4]]
+    result = {"models": names, "budgets": [24, 80], "trainings": trainings, "points": points}
+    return written(tmp_path / "result.json", result)
+
+
+def test_ratios_compare_trainings_of_one_seed_and_are_bold_where_all_are_below_one(tables, compared):
+    assert cells(tables.ratios(compared, "fpdm")) == [
         ["FPDM, relative to", "24", "80"],
         ["---", "---", "---"],
         ["DiT", "0.71 (0.50 to 1.00)", "1.50"],
         ["deep DiT", "**0.35** (0.25 to 0.50)", ""],
+    ]
+
+
+def test_the_best_of_either_kind_are_compared(tables, compared):
+    assert cells(tables.best(compared)) == [
+        ["block passes", "24", "80"],
+        ["---", "---", "---"],
+        ["best DiT", "DiT: 3", "DiT: 5.5"],
+        ["best FPDM", "FPDM: 2.5", "large FPDM: 1.5"],
+        ["FPDM relative to DiT", "0.71 (0.50 to 1.00)", "**0.35** (0.17 to 0.75)"],
     ]
