@@ -90,8 +90,7 @@ def test_rows_mark_the_lowest_and_what_is_far_from_it():
 
 
 def test_rows_say_what_the_dotted_line_is_only_where_there_is_one():
-    with_real, without = (
-        rows(result_of(two_models()["points"], real=real))._supxlabel.get_text() for real in (0.1, None)
-    )
+    points = two_models()["points"]
+    with_real, without = (rows(result_of(points, real=real)).get_supxlabel() for real in (0.125, None))
     assert "dotted: real images" in with_real
     assert "dotted" not in without
