@@ -15,7 +15,7 @@ from typing import Any
 
 from fpdm.evaluation import Evaluation, Measure
 from fpdm.evaluation.result import significant
-from fpdm.experiments.rows import distance, reached
+from fpdm.experiments.rows import distance, reached, shown
 from fpdm.experiments.show import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -214,15 +214,17 @@ def experiment(path: str, *way: str) -> str:
 
 
 class Distances:
-    """The Frechet distances of an experiment's result, by model and budget: seed -> distance of the best way."""
+    """The Frechet distances of an experiment's result, by model and budget: seed -> distance, of the way that the table
+    of the models shows."""
 
     def __init__(self, path: str):
         result = json.loads((ROOT / path).read_text())
         self.titles: dict[str, str] = result["models"]
         self.budgets: list[int] = reached(result, "budgets")
         self.found: dict[tuple[str, int], dict[int, float]] = {}
-        for p in filter(lambda p: p["best"], result["points"]):
-            self.found.setdefault((p["model"], p["budget"]), {})[p["seed"]] = distance(p)
+        for label in self.titles:
+            for budget, own in shown(p for p in result["points"] if p["model"] == label).items():
+                self.found[label, budget] = {p["seed"]: distance(p) for p in own}
         commands = {t["model"]: t["command"] for t in result["trainings"]}
         self.explicit = [label for label in self.titles if "--network dit" in commands.get(label, "")]
         self.implicit = [label for label in self.titles if label in commands and label not in self.explicit]

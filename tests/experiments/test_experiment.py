@@ -17,6 +17,7 @@ from fpdm.experiments import trainings
 from fpdm.experiments import tune as tuning
 from fpdm.experiments.experiment import REPORTING
 from fpdm.experiments.points import Axes
+from fpdm.experiments.rows import lines_of
 from fpdm.experiments.sweep import all_points
 from fpdm.experiments.table import Ground, Model, Part
 from fpdm.experiments.trainings import train_missing
@@ -273,7 +274,7 @@ def test_a_stopped_experiment_keeps_what_there_is_and_goes_on_to_the_same(stop_a
     assert len(kept["points"]) == max(0, stop_at - 9)
     assert all(point in wanted["points"] for point in kept["points"])
     bench.stop_at = None
-    assert {**experiment(tmp_path / "out", trained).run(), "made_with": None} == {**wanted, "made_with": None}
+    assert experiment(tmp_path / "out", trained).run() == wanted
     assert [(name, point.key) for name, point, _ in bench.measured] == [(name, point.key) for name, point, _ in points]
 
 
@@ -376,6 +377,31 @@ def test_only_the_trainings_of_which_something_is_missing_are_done(bench, traine
         ("looped-12-seed1", 6, "ddim"), ("looped-12-seed1", 12, "dpm++"),
     }  # fmt: skip
     assert ("looped", 1, "ddim", 12) not in cells(result), "it is not the best any more"
+
+
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_what_was_the_best_is_kept_until_what_is_better_is_measured(where, bench, trained, tmp_path):
+    """Of later trainings: all were measured with the one way, and then the first with the other, which is better."""
+    bench.distance = preferring(scheduler="dpm++")
+    kept = json.loads(json.dumps(experiment(tmp_path / "elsewhere", trained).run(Part(ways=["ddim"]))))
+    one = experiment(tmp_path / where, trained, kept=kept if where == "here" else None)
+    result = one.run(Part(seeds=[0]))
+    assert cells(result) >= cells(kept)
+    assert [cell(result, "looped", 0, way, 12)["best"] for way in WAYS] == [False, True]
+    assert not cell(result, "looped", 1, "ddim", 12)["best"]
+    shown = {label: values for label, _, values in lines_of(result, None)}
+    of_both = [cell(result, "looped", seed, "ddim", 12) for seed in GROUND.seeds]
+    assert shown["looped"][12] == [point["measures"]["FD-fake"][0] for point in of_both]
+    assert one.run() == experiment(tmp_path / "whole", trained).run()
+
+
+def test_points_say_what_they_were_made_with_when_they_are_from_different_machines(bench, trained, tmp_path):
+    kept = json.loads(json.dumps(experiment(tmp_path / "elsewhere", trained).run(Part(seeds=[0]))))
+    assert kept["made_with"] == [{"device": "cpu"}]
+    kept["made_with"] = [{"device": "another"}]
+    result = experiment(tmp_path / "here", trained, kept=kept).run()
+    made = {(point["seed"], result["made_with"][point["made_with"]]["device"]) for point in result["points"]}
+    assert made == {(0, "another"), (1, "cpu")}
 
 
 def test_what_is_kept_is_not_trained(bench, trained, tmp_path, monkeypatch):

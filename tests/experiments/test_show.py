@@ -95,6 +95,12 @@ def test_values_are_of_the_way_with_most_trainings(points, values):
     assert values_of(point("fpdm", *given) for given in points) == values
 
 
+@pytest.mark.parametrize("best", ["a", "b"])
+def test_of_ways_with_as_many_trainings_values_are_of_the_best_when_plans_were_chosen(best):
+    points = [point("fpdm", way, 24, value, best=way == best) for way, value in (("a", 1.0), ("b", 2.0))]
+    assert values_of(points) == {24: [1.0 if best == "a" else 2.0]}
+
+
 def test_a_page_has_the_plot_and_the_tables_of_all_ways(result, tmp_path):
     path = write_page(result, tmp_path)
     text = path.read_text("utf-8")

@@ -22,7 +22,6 @@ from fpdm.experiments.table import WHOLE, Ground, Part, Table, Training
 from fpdm.experiments.trainings import check_runs, is_trained, train_missing, written
 from fpdm.experiments.tune import tune_model
 from fpdm.files import model_folder, read_json, write_json
-from fpdm.machine import made_with
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.training.build import build_model, open_source
 from fpdm.training.config import Config
@@ -237,7 +236,7 @@ class Experiment:
         trained = [training for training in self.trainings() if is_trained(training, self.runs)]
         found = []
         for training in trained:
-            for row in self.reported_by(training):
+            for row in self.chosen(training.label):
                 choices = reported(row["choices"])
                 key = Point(training.name, "", "", row["budget"], choices).key
                 if key in points:
@@ -252,21 +251,17 @@ class Experiment:
             "ways": list(self.table.ways),
             "budgets": self.table.budgets,
             "trainings": [{**written(t, self.runs), **self.cost(t), **self.convergence(t)} for t in trained],
-            "points": found,
+            "points": self.in_force(found),
             "real": some and {name: m["floor"] for name, m in measures(some).items()},
-            "made_with": made_with("cpu") if some is None else some["made_with"],
         }
-        return made if self.kept is None else self.joined(made, self.kept)
+        return kepts.compact(made if self.kept is None else self.joined(made, kepts.expanded(self.kept)))
 
     def joined(self, made: Row, kept: Row) -> Row:
         """A result with what is kept and was not made here, as one that was computed in one place has it."""
         best = {(label, self.place(row)): row["best"] for label in self.table.models for row in self.chosen(label)}
         points = {(row["model"], row["seed"], self.place(row)): row for row in [*kept["points"], *made["points"]]}
-        points = {
-            (label, seed, place): {**row, "best": best.get((label, place), row["best"])}
-            for (label, seed, place), row in points.items()
-            if self.has_all_ways(seed) or best.get((label, place), row["best"])
-        }
+        marked = [{**row, "best": best.get((label, place), row["best"])} for (label, _, place), row in points.items()]
+        points = {(row["model"], row["seed"], self.place(row)): row for row in self.in_force(marked)}
         there = {key[:2] for key in points}
         trainings = {(row["model"], row["seed"]): row for row in [*kept["trainings"], *made["trainings"]]}
         labels, seeds = list(self.table.models), self.ground.seeds
@@ -274,14 +269,22 @@ class Experiment:
         def order(found: dict[Any, Row]) -> list[Row]:
             return [found[key] for key in sorted(found, key=lambda k: (seeds.index(k[1]), labels.index(k[0]), k[2:]))]
 
-        by = made if made["points"] else kept
         return {
             **made,
             "trainings": order({key: row for key, row in trainings.items() if key in there}),
             "points": order(points),
-            "real": by["real"],
-            "made_with": by["made_with"],
+            "real": made["real"] or kept["real"],
         }
+
+    def in_force(self, points: list[Row]) -> list[Row]:
+        """Without what another way has taken the place of: of later trainings, a way that was the best until others
+        were asked for is kept as long as the new best one is not measured."""
+        new = {(p["model"], p["seed"], p["budget"]) for p in points if p["best"]}
+        return [
+            p
+            for p in points
+            if p["best"] or self.has_all_ways(p["seed"]) or (p["model"], p["seed"], p["budget"]) not in new
+        ]
 
     def cost(self, training: Training) -> Row:
         """Parameters and operations of a training."""
@@ -350,6 +353,7 @@ def cell_of(training: Training, row: Row, point: Row) -> Row:
         "diverged": point["diverged"],
         "samples": point["evaluation"]["samples"],
         "measures": {name: [m["value"], m["low"], m["high"]] for name, m in measures(point).items()},
+        "made_with": point["made_with"],
         "best": row["best"],
         "among": [{**unusual(other["choices"]), "value": other["value"]} for other in row["among"]],
     }

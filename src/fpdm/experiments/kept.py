@@ -63,6 +63,22 @@ def chosen(kept: Row | None, label: str, seed: int) -> list[Row]:
     return rows
 
 
+def compact(result: Row) -> Row:
+    """A table whose points name what they were made with by its place in a list, as there are many of few kinds."""
+    kinds = list[Row]()
+    for point in result["points"]:
+        if point["made_with"] not in kinds:
+            kinds.append(point["made_with"])
+    points = [{**point, "made_with": kinds.index(point["made_with"])} for point in result["points"]]
+    return {**result, "points": points, "made_with": kinds}
+
+
+def expanded(result: Row) -> Row:
+    """The table that `compact` made this one of."""
+    kinds = result["made_with"]
+    return {**result, "points": [{**point, "made_with": kinds[point["made_with"]]} for point in result["points"]]}
+
+
 def points_of(kept: Row | None) -> list[Row]:
     return [] if kept is None else kept["points"]
 

@@ -31,17 +31,26 @@ def lines_of(result: Row, way: str | None) -> Iterator[Line]:
         if label not in models:
             continue
         parameters = next(t["parameters"] for t in result["trainings"] if t["model"] == label)
-        own = [p for p in result["points"] if p["model"] == label and (p["best"] if way is None else p["way"] == way)]
+        own = [p for p in result["points"] if p["model"] == label and way in (None, p["way"])]
         yield label, f"{title} ({parameters / 1e6:.2f} M)", values_of(own)
 
 
 def values_of(points: Iterable[Row]) -> dict[int, list[float]]:
-    """Budget -> a distance per training. Where there are points of several ways, those of the way that most trainings
-    have, which is the one that was chosen."""
-    found: dict[int, dict[str, list[float]]] = {}
+    """Budget -> a distance per training."""
+    return {budget: [distance(point) for point in own] for budget, own in shown(points).items()}
+
+
+def shown(points: Iterable[Row]) -> dict[int, list[Row]]:
+    """Budget -> the points of one of the ways: that which most trainings have, and of those that as many have the one
+    that was best when plans were chosen."""
+    found: dict[int, dict[str, list[Row]]] = {}
     for point in points:
-        found.setdefault(point["budget"], {}).setdefault(point["way"], []).append(distance(point))
-    return {budget: max(ways.values(), key=len) for budget, ways in found.items()}
+        found.setdefault(point["budget"], {}).setdefault(point["way"], []).append(point)
+    return {budget: max(ways.values(), key=standing) for budget, ways in found.items()}
+
+
+def standing(points: list[Row]) -> tuple[int, bool]:
+    return len(points), any(point["best"] for point in points)
 
 
 def distance(point: Row) -> float:
