@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from fpdm.sampling import ALLOCATIONS, DEFAULT_BUDGET, Cost, apportion, make_plan
 
 FPDM_XL, DIT_XL = Cost(fixed=2, per_iteration=1), Cost(fixed=28, per_iteration=0)
+LOOPED = Cost(fixed=0, per_iteration=3)  # all blocks are shared
 
-costs = st.builds(Cost, fixed=st.integers(2, 9), per_iteration=st.integers(1, 4))
+costs = st.builds(Cost, fixed=st.integers(0, 9), per_iteration=st.integers(1, 4))
 steps = st.integers(1, 80)
 spare = st.integers(0, 400)
 weights = st.lists(st.fractions(Fraction(1, 100), 100), min_size=1, max_size=20)
@@ -202,6 +203,7 @@ def test_a_share_below_one_is_raised_and_the_rest_stays_proportional():
 
 @given(costs, steps, st.data())
 def test_too_small_a_budget_is_refused_by_naming_the_smallest_that_works(cost, num_steps, data):
+    assume(num_steps * cost.passes(1) > 1)
     budget = data.draw(st.integers(1, num_steps * cost.passes(1) - 1))
     with pytest.raises(ValueError, match="too small") as refusal:
         make_plan(cost, budget=budget, num_steps=num_steps)
@@ -310,6 +312,11 @@ def test_what_an_explicit_network_refuses(choices, text):
         (make_plan(FPDM_XL, budget=560, num_steps=40), "40 timesteps x 12 iterations, 560 block passes"),
         (make_plan(FPDM_XL, iterations=[1, 3]), "2 timesteps x 1 to 3 iterations, 8 block passes"),
         (make_plan(DIT_XL, num_steps=20), "20 timesteps, 560 block passes"),
+        (make_plan(FPDM_XL), "40 timesteps x 2 iterations, 160 block passes"),
+        (make_plan(LOOPED), "53 timesteps x 1 iteration, 159 block passes"),
+        (make_plan(LOOPED, num_steps=4), "4 timesteps x 1 iteration, 12 block passes"),
+        (make_plan(LOOPED, budget=24, num_steps=4), "4 timesteps x 2 iterations, 24 block passes"),
+        (make_plan(LOOPED, budget=24, iterations=4), "2 timesteps x 4 iterations, 24 block passes"),
     ],
 )
 def test_a_plan_says_what_it_spends(plan, text):

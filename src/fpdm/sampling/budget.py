@@ -21,7 +21,6 @@ SHAPES = ("linear", "cosine")
 ALLOCATIONS = ("constant", "rising", "falling", *SHAPES)
 EVERY_CALL = range(1, 1001)
 DEFAULT_BUDGET = 160
-DEFAULT_ITERATIONS = 2  # short solves at many timesteps: smoothing, with reuse to carry the solution on
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,13 @@ class Cost:
 
     def passes(self, iterations: int | None) -> int:
         return self.fixed + self.per_iteration * (iterations or 0)
+
+    @property
+    def usual_iterations(self) -> int:
+        """At a timestep, where nobody asks for others. Few, for solves can be short where reuse carries the solution
+        on: two, or one if there are no blocks outside the fixed point, where another timestep costs no more than
+        another iteration (docs/reproduction.md)."""
+        return 2 if self.fixed else 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ def _steps_for(cost: Cost, budget: int, iterations: int | None) -> int:
     if budget < least:
         count = f"{iterations} iterations" if iterations else "1 iteration"
         raise ValueError(f"a budget of {budget} block passes is too small: one timestep with {count} needs {least}")
-    return max(1, budget // cost.passes(iterations or DEFAULT_ITERATIONS))
+    return max(1, budget // cost.passes(iterations or cost.usual_iterations))
 
 
 def fitting(num_steps: int, calls: range) -> int:
@@ -137,7 +143,7 @@ def fitting(num_steps: int, calls: range) -> int:
 
 def _budget_for(cost: Cost, budget: int | None, num_steps: int, iterations: int | None) -> int:
     """The budget, or what the timesteps and iterations cost where none is given; the two must not contradict."""
-    constant = num_steps * cost.passes(iterations or DEFAULT_ITERATIONS)
+    constant = num_steps * cost.passes(iterations or cost.usual_iterations)
     if budget is not None and iterations is not None and constant != budget:
         raise ValueError(
             f"{num_steps} timesteps of {iterations} iterations cost {constant} block passes, not {budget}: "
