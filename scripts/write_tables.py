@@ -1,6 +1,6 @@
 """Write the tables of the docs from kept results: what stands between `<!-- table NAME ... -->` and `<!-- end -->`.
 
-python scripts/write_tables.py          writes docs/evaluation.md
+python scripts/write_tables.py          writes README.md and the pages in docs/
 python scripts/write_tables.py --check  fails if it would change anything
 """
 
@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from math import inf, log
 from pathlib import Path
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -20,9 +21,10 @@ from fpdm.experiments.show import markdown
 
 ROOT = Path(__file__).parents[1]
 PAGES = tuple(
-    ROOT / "docs" / name
-    for name in ("evaluation.md", "how-to-choose.md", "performance.md", "reproduction.md", "training.md")
-)
+    ROOT / name
+    for name in ("README.md", "docs/evaluation.md", "docs/how-to-choose.md", "docs/performance.md",
+                 "docs/reproduction.md", "docs/training.md")
+)  # fmt: skip
 Point = dict[str, Any]
 
 
@@ -214,17 +216,22 @@ def experiment(path: str, *way: str) -> str:
 
 
 class Distances:
-    """The Frechet distances of an experiment's result, by model and budget: seed -> distance, of the way that the table
-    of the models shows."""
+    """The Frechet distances of an experiment's result, by model and budget: seed -> distance.
 
-    def __init__(self, path: str):
+    way  of drawing; None takes that which the table of the models shows
+    """
+
+    def __init__(self, path: str, way: str | None = None):
         result = json.loads((ROOT / path).read_text())
         self.titles: dict[str, str] = result["models"]
         self.budgets: list[int] = reached(result, "budgets")
         self.found: dict[tuple[str, int], dict[int, float]] = {}
+        self.operations: dict[tuple[str, int], float] = {}
         for label in self.titles:
-            for budget, own in shown(p for p in result["points"] if p["model"] == label).items():
+            points = [p for p in result["points"] if p["model"] == label and way in (None, p["way"])]
+            for budget, own in shown(points).items():
                 self.found[label, budget] = {p["seed"]: distance(p) for p in own}
+                self.operations[label, budget] = own[0]["operations"]
         commands = {t["model"]: t["command"] for t in result["trainings"]}
         self.explicit = [label for label in self.titles if "--network dit" in commands.get(label, "")]
         self.implicit = [label for label in self.titles if label in commands and label not in self.explicit]
@@ -233,34 +240,50 @@ class Distances:
         return [row([first, *map(str, self.budgets)]), row(["---"] * (1 + len(self.budgets)))]
 
     def ratio(self, label: str, other: str, budget: int) -> str:
-        """Of one model to another, training by training: the geometric mean and the range. Below 1 the first is ahead;
-        bold where it is in every training."""
-        own, its = (self.found.get((name, budget), {}) for name in (label, other))
-        values = [own[seed] / its[seed] for seed in own.keys() & its.keys()]
-        if not values:
-            return ""
-        middle = f"{geometric_mean(values):.2f}"
-        text = f"**{middle}**" if max(values) < 1 else middle
-        return text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})"
+        return ratio(*(self.found.get((name, budget), {}) for name in (label, other)))
 
     def lowest(self, labels: list[str], budget: int) -> str:
         """The model whose mean is the lowest."""
         return min((fmean(self.found[label, budget].values()), label) for label in labels
                    if (label, budget) in self.found)[1]  # fmt: skip
 
+    def interpolated(self, label: str, operations: float) -> dict[int, float]:
+        """Seed -> the distance of samples of so many operations, on a line through the logarithms between the budgets
+        that cost less and more; none where one of these is missing."""
+        costs = {b: self.operations[label, b] for b in self.budgets if (label, b) in self.found}
+        less = max((b for b in costs if costs[b] <= operations), default=None)
+        more = min((b for b in costs if costs[b] >= operations), default=None)
+        if less is None or more is None:
+            return {}
+        share = log(operations / costs[less]) / log(costs[more] / costs[less]) if more != less else 0.0
+        low, high = self.found[label, less], self.found[label, more]
+        return {seed: low[seed] ** (1 - share) * high[seed] ** share for seed in low.keys() & high.keys()}
 
-def ratios(path: str, label: str) -> str:
+
+def ratio(own: dict[int, float], its: dict[int, float]) -> str:
+    """Of distances by seed to others, training by training: the geometric mean and the range. Below 1 the first are
+    ahead; bold where they are in every training."""
+    values = [own[seed] / its[seed] for seed in own.keys() & its.keys()]
+    if not values:
+        return ""
+    middle = f"{geometric_mean(values):.2f}"
+    text = f"**{middle}**" if max(values) < 1 else middle
+    return text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})"
+
+
+def ratios(path: str, label: str, *way: str) -> str:
     """The Frechet distance of a model relative to each explicit network's."""
-    table = Distances(path)
+    table = Distances(path, *way)
     lines = table.head(f"{table.titles[label]}, relative to")
     for other in table.explicit:
         lines.append(row([table.titles[other], *(table.ratio(label, other, budget) for budget in table.budgets)]))
     return "\n".join(lines)
 
 
-def best(path: str) -> str:
-    """The best explicit network at each budget, the best fixed point network, and what the one has of the other's."""
-    table = Distances(path)
+def best(path: str, *way: str) -> str:
+    """The best explicit network at each budget, the best fixed point network, and what the one has of the other's; also
+    of what the best explicit network has that spends as many operations, since block passes do not count injections."""
+    table = Distances(path, *way)
     chosen = [[table.lowest(kind, budget) for budget in table.budgets] for kind in (table.explicit, table.implicit)]
     lines = table.head("block passes")
     for name, labels in zip(("best DiT", "best FPDM"), chosen, strict=True):
@@ -268,7 +291,13 @@ def best(path: str) -> str:
                  for label, budget in zip(labels, table.budgets, strict=True)]  # fmt: skip
         lines.append(row([name, *cells]))
     ratios = [table.ratio(own, other, b) for other, own, b in zip(*chosen, table.budgets, strict=True)]
-    return "\n".join([*lines, row(["FPDM relative to DiT", *ratios])])
+    lines.append(row(["FPDM relative to DiT", *ratios]))
+    ratios = []
+    for own, budget in zip(chosen[1], table.budgets, strict=True):
+        others = [table.interpolated(label, table.operations[own, budget]) for label in table.explicit]
+        least = min(others, key=lambda found: fmean(found.values()) if found else inf)
+        ratios.append(ratio(table.found[own, budget], least))
+    return "\n".join([*lines, row(["at as many operations", *ratios])])
 
 
 def performance(path: str) -> str:
