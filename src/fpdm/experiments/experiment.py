@@ -40,9 +40,9 @@ class Experiment:
 
     data       of the ground, where it is
     processes  trainings, and points, at a time
-    kept       a result of this table from elsewhere, which may lack models, seeds, ways and budgets. A training of
-               which it has all points that are asked for is not done here; one of which it lacks some is, and those
-               points join it. Plans are chosen from what was found in both places
+    kept       a result of this table from elsewhere, which may lack models, seeds, ways and budgets. What it has is
+               not computed here, and what is computed here joins it: of a training of which it has all points that are
+               asked for nothing, of others the training and the points that it lacks
     """
 
     name: str
@@ -149,9 +149,10 @@ class Experiment:
         found = {training.label: self.candidates(training) for training in trainings}
         wanted = {
             point.key: point
-            for candidates in found.values()
+            for label, candidates in found.items()
             for (way, budget), points in candidates.items()
             if part.has(way=way, budget=budget) and is_open(candidates, budget)
+            if (way, budget) not in self.kept_of(label, self.ground.seeds[0])
             for point in points
         }
         values = self.measured("choose", list(wanted.values()), self.ground.chosen_on)
@@ -160,9 +161,13 @@ class Experiment:
             kept = kepts.chosen(self.kept, label, self.ground.seeds[0])
             write_json(self.out / "chosen" / f"{label}.json", self.merged(chosen(candidates, values), kept))
 
+    def kept_of(self, label: str, seed: int) -> set[tuple[str, int]]:
+        """The ways and budgets that are kept of a training."""
+        return kepts.measured(self.kept).get((label, seed), set())
+
     def merged(self, made: list[Row], kept: list[Row]) -> list[Row]:
-        """Rows that were chosen here, and kept ones of other ways and budgets; the best of each budget is marked."""
-        rows = {self.place(row): row for row in [*kept, *made]}
+        """Kept rows, and those of other ways and budgets that were chosen here; the best of each budget is marked."""
+        rows = {self.place(row): row for row in [*made, *kept]}
         least: dict[int, float] = {}
         for row in rows.values():
             if row["among"]:
@@ -191,7 +196,11 @@ class Experiment:
             if axes.tuned:
                 plans = load_pipeline(folder, "cpu", "float32").tuned_plans
                 there = {plan.budget for plan in plans if plan.guidance_scale == 1}
-                missing = [b for b in axes.budgets if b not in there and part.has(way=way, budget=b)]
+                kept = self.kept_of(label, training.seed)
+                missing = [
+                    b for b in axes.budgets
+                    if b not in there and part.has(way=way, budget=b) and (way, b) not in kept
+                ]  # fmt: skip
                 settings, out = self.settings(self.ground.chosen_on), self.out / "tune" / label
                 if missing:
                     tune_model(f"{label}={folder}", missing, list(axes.schedulers), settings, out, TUNING,
@@ -204,8 +213,9 @@ class Experiment:
             folder = self.folder(training)
             pipe = load_pipeline(folder, "cpu", "float32")
             identity = digest(pipe.transformer)
+            kept = self.kept_of(training.label, training.seed)
             for row in self.reported_by(training):
-                if part.has(way=row["way"], budget=row["budget"]):
+                if part.has(way=row["way"], budget=row["budget"]) and (row["way"], row["budget"]) not in kept:
                     point = Point.of(training.name, folder, identity, pipe, row["budget"], reported(row["choices"]))
                     points[point.key] = point
         self.measured("report", list(points.values()), self.ground.reported_on)
@@ -257,13 +267,13 @@ class Experiment:
         return kepts.compact(made if self.kept is None else self.joined(made, kepts.expanded(self.kept)))
 
     def joined(self, made: Row, kept: Row) -> Row:
-        """A result with what is kept and was not made here, as one that was computed in one place has it."""
+        """What is kept, and what was made here besides, as a result that was computed in one place has it."""
         best = {(label, self.place(row)): row["best"] for label in self.table.models for row in self.chosen(label)}
-        points = {(row["model"], row["seed"], self.place(row)): row for row in [*kept["points"], *made["points"]]}
+        points = {(row["model"], row["seed"], self.place(row)): row for row in [*made["points"], *kept["points"]]}
         marked = [{**row, "best": best.get((label, place), row["best"])} for (label, _, place), row in points.items()]
         points = {(row["model"], row["seed"], self.place(row)): row for row in self.in_force(marked)}
         there = {key[:2] for key in points}
-        trainings = {(row["model"], row["seed"]): row for row in [*kept["trainings"], *made["trainings"]]}
+        trainings = {(row["model"], row["seed"]): row for row in [*made["trainings"], *kept["trainings"]]}
         labels, seeds = list(self.table.models), self.ground.seeds
 
         def order(found: dict[Any, Row]) -> list[Row]:
