@@ -99,3 +99,15 @@ def test_a_tuned_way_is_not_for_nothing(timed, tmp_path):
     (row,) = rows(estimate(experiment(tmp_path, tmp_path, replace(TABLE, models=ALONE.models, ways=ways)))).values()
     assert row[2] > 0
     assert row[3] > 0
+
+
+def test_points_that_are_kept_are_not_counted(timed, tmp_path):
+    """A training of which a way is kept is made once more, for the other; one that is all there is not."""
+    points = [
+        {"model": "looped", "seed": seed, "way": "ddim", "budget": budget} for seed in (0, 1) for budget in (6, 12)
+    ]
+    points += [{"model": "looped", "seed": 1, "way": "dpm", "budget": 12}]
+    asked = experiment(tmp_path, tmp_path, ALONE)
+    wanted = rows(estimate(asked, Part(seeds=[0], ways=["dpm"])))
+    assert wanted["looped"][1] == 1
+    assert rows(estimate(replace(asked, kept={"points": points}))) == wanted

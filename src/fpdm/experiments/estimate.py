@@ -67,24 +67,29 @@ def needed_by(experiment: Experiment, part: Part, trainings: list[Training], mis
     training_time = sum(per_step * t.config.optimizer.steps for t in missing)
     choosing = reporting = 0.0
     seconds: dict[str, float] = {}
-    chosen_on = experiment.ground.chosen_on if any(t.seed == experiment.ground.seeds[0] for t in trainings) else 0
+    label, first = trainings[0].label, experiment.ground.seeds[0]
+    chosen_on = experiment.ground.chosen_on if any(t.seed == first for t in trainings) else 0
     for budget in filter(lambda budget: part.has(budget=budget), experiment.table.budgets):
-        of_ways = []  # seconds of each way's plans
-        for axes in (
-            axes for way, axes in experiment.table.ways.items() if part.has(way=way) and budget in axes.budgets
-        ):
+        most: dict[str, float] = {}  # seconds of each way's dearest plan
+        for way, axes in experiment.table.ways.items():
+            if not part.has(way=way) or budget not in axes.budgets:
+                continue
             if axes.tuned:
                 plan = Choices(budget, scheduler=axes.schedulers[0])
-                per_image = drawing_seconds(pipe.transformer, plan, pipe, seconds)
-                of_ways.append([per_image])
-                choosing += chosen_on * TUNING_DRAWS * per_image
-                continue
-            points = distinct("", "", "", pipe, [w for w in untuned(axes, pipe) if w[0] == budget], [])
-            of_ways.append([drawing_seconds(pipe.transformer, p.choices, pipe, seconds) for p in points])
-        most = [max(own) for own in of_ways if own]
-        choosing += chosen_on * sum(map(sum, of_ways))
+                own, draws = [drawing_seconds(pipe.transformer, plan, pipe, seconds)], TUNING_DRAWS + 1
+            else:
+                points = distinct("", "", "", pipe, [w for w in untuned(axes, pipe) if w[0] == budget], [])
+                own, draws = [drawing_seconds(pipe.transformer, p.choices, pipe, seconds) for p in points], 1
+            if own:
+                most[way] = max(own)
+            if (way, budget) not in experiment.kept_of(label, first):
+                choosing += chosen_on * draws * sum(own)
         for training in trainings:
-            per_image = sum(most) if experiment.has_all_ways(training.seed) else max(most, default=0.0)
+            kept = {way for way, b in experiment.kept_of(label, training.seed) if b == budget}
+            if experiment.has_all_ways(training.seed):
+                per_image = sum(value for way, value in most.items() if way not in kept)
+            else:
+                per_image = 0.0 if kept else max(most.values(), default=0.0)
             reporting += experiment.ground.reported_on * per_image
     return Needed(training_time, choosing, reporting)
 
