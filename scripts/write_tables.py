@@ -259,6 +259,12 @@ class Distances:
         low, high = self.found[label, less], self.found[label, more]
         return {seed: low[seed] ** (1 - share) * high[seed] ** share for seed in low.keys() & high.keys()}
 
+    def ratio_of_operations(self, label: str, budget: int) -> str:
+        """Of a model to the best explicit network whose samples take as many operations."""
+        others = [self.interpolated(other, self.operations[label, budget]) for other in self.explicit]
+        least = min(others, key=lambda found: fmean(found.values()) if found else inf)
+        return ratio(self.found[label, budget], least)
+
 
 def ratio(own: dict[int, float], its: dict[int, float]) -> str:
     """Of distances by seed to others, training by training: the geometric mean and the range. Below 1 the first are
@@ -290,14 +296,10 @@ def best(path: str, *way: str) -> str:
         cells = [f"{table.titles[label]}: {significant(fmean(table.found[label, budget].values()))}"
                  for label, budget in zip(labels, table.budgets, strict=True)]  # fmt: skip
         lines.append(row([name, *cells]))
-    ratios = [table.ratio(own, other, b) for other, own, b in zip(*chosen, table.budgets, strict=True)]
-    lines.append(row(["FPDM relative to DiT", *ratios]))
-    ratios = []
-    for own, budget in zip(chosen[1], table.budgets, strict=True):
-        others = [table.interpolated(label, table.operations[own, budget]) for label in table.explicit]
-        least = min(others, key=lambda found: fmean(found.values()) if found else inf)
-        ratios.append(ratio(table.found[own, budget], least))
-    return "\n".join([*lines, row(["at as many operations", *ratios])])
+    at_passes = [table.ratio(own, other, b) for other, own, b in zip(*chosen, table.budgets, strict=True)]
+    at_operations = [table.ratio_of_operations(own, b) for own, b in zip(chosen[1], table.budgets, strict=True)]
+    lines += [row(["FPDM relative to DiT", *at_passes]), row(["at as many operations", *at_operations])]
+    return "\n".join(lines)
 
 
 def performance(path: str) -> str:

@@ -92,17 +92,22 @@ class Experiment:
     def trainings(self, part: Part = WHOLE) -> list[Training]:
         """Of all models, or those of a part and with them the ones that plans are chosen by, without those that are
         kept; seed by seed, so that a table that is stopped half-way has all rows of some seeds."""
-        steps, there = self.steps(), kepts.measured(self.kept)
+        steps = self.steps()
         asked = [
             Training(label, seed, self.ground.recipe, {**self.changes(label), "steps": steps[label], "seed": seed})
             for seed in self.ground.seeds
             for label in self.table.models
             if part.has(model=label) and (seed == self.ground.seeds[0] or part.has(seed=seed))
         ]
-        return [t for t in asked if not self.is_kept(there.get((t.label, t.seed), set()), t, part)]
+        return [training for training in asked if not self.is_kept(training, part)]
 
-    def is_kept(self, there: set[tuple[str, int]], training: Training, part: Part) -> bool:
-        """Whether `there`, ways and budgets of kept points, has all that a part asks of a training."""
+    def kept_of(self, label: str, seed: int) -> set[tuple[str, int]]:
+        """The ways and budgets that are kept of a training."""
+        return kepts.measured(self.kept).get((label, seed), set())
+
+    def is_kept(self, training: Training, part: Part) -> bool:
+        """Whether all is kept that a part asks of a training."""
+        there = self.kept_of(training.label, training.seed)
         asked = {
             (way, budget)
             for way, axes in self.table.ways.items()
@@ -160,10 +165,6 @@ class Experiment:
         for label, candidates in found.items():
             kept = kepts.chosen(self.kept, label, self.ground.seeds[0])
             write_json(self.out / "chosen" / f"{label}.json", self.merged(chosen(candidates, values), kept))
-
-    def kept_of(self, label: str, seed: int) -> set[tuple[str, int]]:
-        """The ways and budgets that are kept of a training."""
-        return kepts.measured(self.kept).get((label, seed), set())
 
     def merged(self, made: list[Row], kept: list[Row]) -> list[Row]:
         """Kept rows, and those of other ways and budgets that were chosen here; the best of each budget is marked."""

@@ -46,10 +46,10 @@ def shown(points: Iterable[Row]) -> dict[int, list[Row]]:
     found: dict[int, dict[str, list[Row]]] = {}
     for point in points:
         found.setdefault(point["budget"], {}).setdefault(point["way"], []).append(point)
-    return {budget: max(ways.values(), key=standing) for budget, ways in found.items()}
+    return {budget: max(ways.values(), key=precedence) for budget, ways in found.items()}
 
 
-def standing(points: list[Row]) -> tuple[int, bool]:
+def precedence(points: list[Row]) -> tuple[int, bool]:
     return len(points), any(point["best"] for point in points)
 
 
