@@ -55,6 +55,7 @@ def any_precision():
         {"mixed_precision": "bf16", "num_core": 2},
         {"exit_loss": "target", "accumulation": 2},
         {"gradient": "phantom"},
+        {"gradient": "unroll"},
     ],
     ids=str,
 )
