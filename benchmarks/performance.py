@@ -74,7 +74,7 @@ def training() -> list[Row]:
 
 
 ITERATE = """
-import os, fpdm.models.fixed_point_dit as network
+import os, fpdm.models.core as network
 network.FixedPointCore.forward = lambda *_: os._exit(0)
 from fpdm.cli.main import main
 main(["sample", {model!r}, "--budget", "3", "--num-images", "1", "--device", "cpu", "--out", {out!r}])

@@ -38,9 +38,10 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
+@pytest.mark.parametrize("injection", ["mlp", "gate"])
 @torch.no_grad()
-def test_neither_batch_nor_iterations_nor_stopping_compile_again():
-    plain, compiled = network(num_core=2), network(num_core=2)
+def test_neither_batch_nor_iterations_nor_stopping_compile_again(injection):
+    plain, compiled = (network(num_core=2, injection=injection) for _ in range(2))
     compiled.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     compiled(*inputs(4), iterations=3)
     assert graphs() == 2  # the core, and what pre and post blocks share

@@ -19,6 +19,7 @@ NETWORKS = [
         {"iterations": 2},
         id="FixedPointDiT with a group",
     ),
+    pytest.param(FixedPointDiT, {"injection": "gate"}, {"iterations": 2}, id="FixedPointDiT with a gate"),
 ]
 
 
@@ -55,12 +56,13 @@ def test_all_settings_are_in_the_file_defaults_too(tmp_path):
     assert config.items() >= {**TINY, "num_pre": 1, "num_core": 1, "num_post": 1, "learned_variance": True}.items()
     assert config["time_in_pre_post"] is False
     assert config["input_skip"] is False
+    assert config["injection"] == "mlp"
 
 
-def test_a_network_from_before_there_was_a_skip_has_none(tmp_path):
+def test_a_network_from_before_there_were_skips_and_gates_has_none(tmp_path):
     model, _ = saved(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    del config["input_skip"]
+    del config["input_skip"], config["injection"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     x = torch.randn(1, 1, 4, 4, generator=generator("x"))
     again = FixedPointDiT.from_pretrained(tmp_path)

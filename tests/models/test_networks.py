@@ -6,8 +6,10 @@ import torch.nn.functional as F
 
 from fpdm.fixedpoint import FixedIterations, MultiStepJacobianFree, Picard, Solve, StochasticJacobianFree, Tolerance
 from fpdm.keyed import generator
-from fpdm.models import DiT, FixedPointCore, FixedPointDiT
+from fpdm.models import DiT, FixedPointDiT
+from fpdm.models.core import GatedCore, MlpCore
 from fpdm.models.layers import Block
+from fpdm.sampling import operations_of
 
 TINY = {"sample_size": 4, "patch_size": 2, "in_channels": 2, "hidden_size": 8, "num_heads": 2, "num_classes": 3}
 
@@ -100,6 +102,7 @@ def test_an_unknown_preset_is_answered_with_the_nearest(name, nearest):
     {"num_pre": 2, "num_core": 2, "num_post": 1, "input_skip": True},
     {"num_pre": 0, "num_core": 3, "num_post": 0, "input_skip": True, "time_in_pre_post": True},
     {"num_pre": 0, "num_core": 1, "num_post": 1},
+    {"num_pre": 0, "num_core": 2, "num_post": 0, "injection": "gate"},
 ])  # fmt: skip
 def test_shapes(settings, middle):
     model = dit(**settings, **middle) if "depth" in middle else fixed_point_dit(**settings, **middle)
@@ -128,6 +131,7 @@ def test_shapes(settings, middle):
     (lambda: fixed_point_dit(num_pre=-1),               "num_pre is -1; it must be at least 0"),
     (lambda: fixed_point_dit(num_core=0),               "num_core is 0; it must be at least 1"),
     (lambda: fixed_point_dit(num_post=-2),              "num_post is -2"),
+    (lambda: fixed_point_dit(injection="gates"),        "injection is 'gates'; it must be one of mlp, gate"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_named(make, said):
     with pytest.raises(ValueError, match=said):
@@ -169,8 +173,9 @@ def test_the_halves_of_the_injection_begin_as_one_map():
         assert half.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
-def test_a_new_network_with_a_skip_starts_every_iteration_at_u():
-    core = FixedPointDiT(**TINY, input_skip=True).core
+@pytest.mark.parametrize("settings", [{"input_skip": True}, {"injection": "gate"}])
+def test_a_new_network_with_a_skip_starts_every_iteration_at_u(settings):
+    core = FixedPointDiT(**TINY, **settings).core
     u, c = drawn(2, 4, 8), drawn(2, 8)
     assert torch.equal(core(drawn(2, 4, 8).flip(0), core.prepare(u, c)), u)
 
@@ -332,7 +337,7 @@ def test_passes_of_a_fixed_point_network_depend_on_the_iterations():
 @pytest.mark.parametrize("input_skip", [False, True])
 @pytest.mark.parametrize("num_core", [1, 3])
 def test_the_core_is_the_textbook_one(num_core, input_skip):
-    core = randomized(FixedPointCore(hidden_size=8, num_heads=2, num_core=num_core, input_skip=input_skip))
+    core = randomized(MlpCore(hidden_size=8, num_heads=2, num_core=num_core, input_skip=input_skip))
     z, u, c = drawn(2, 4, 8), drawn(2, 4, 8).flip(0), drawn(2, 8)
     # f(z, u, c) = Block_K( ... Block_1( MLP([z ; P u]), c) ..., c), with the first layer of the MLP in one piece
     joined = torch.nn.Linear(16, 16)
@@ -344,12 +349,32 @@ def test_the_core_is_the_textbook_one(num_core, input_skip):
     torch.testing.assert_close(core(z, core.prepare(u, c)), wanted)
 
 
-@pytest.mark.parametrize("input_skip", [False, True])
+@pytest.mark.parametrize("num_core", [1, 3])
+def test_a_gated_core_begins_with_u_and_what_its_gate_lets_through(num_core):
+    core = randomized(GatedCore(hidden_size=8, num_heads=2, num_core=num_core))
+    z, u, c = drawn(2, 4, 8), drawn(2, 4, 8).flip(0), drawn(2, 8)
+    shift, scale, gate = core.adaln(c)[:, None].chunk(3, dim=-1)
+    wanted = u + gate * core.inject_out(F.layer_norm(z, (8,), eps=1e-6) * (1 + scale) + shift)
+    for block in core.blocks:
+        wanted = block(wanted, block.modulation(c))
+    torch.testing.assert_close(core(z, core.prepare(u, c)), wanted)
+
+
+def test_a_gate_has_a_quarter_of_the_operations_of_the_mlp_at_every_iteration():
+    gate, mlp, two_blocks = (
+        operations_of(FixedPointDiT(**{**TINY, "hidden_size": 64}, **settings)).per_iteration
+        for settings in ({"injection": "gate"}, {"injection": "mlp"}, {"injection": "gate", "num_core": 2})
+    )
+    block = two_blocks - gate
+    assert (gate - block) * 4 == mlp - block
+
+
+@pytest.mark.parametrize("settings", [{}, {"input_skip": True}, {"injection": "gate"}], ids=str)
 @pytest.mark.parametrize("outer", [0, 1])
 @pytest.mark.parametrize("num_core", [1, 2])
 @pytest.mark.parametrize("step", range(3))
-def test_every_parameter_gets_a_gradient(num_core, step, outer, input_skip):
-    model = fixed_point_dit(num_pre=outer, num_core=num_core, num_post=outer, input_skip=input_skip)
+def test_every_parameter_gets_a_gradient(num_core, step, outer, settings):
+    model = fixed_point_dit(num_pre=outer, num_core=num_core, num_post=outer, **settings)
     gradient = StochasticJacobianFree((0, 3), (1, 3)).draw(generator("step", step))
     model(*batch(model, 4), solve=Solve(gradient=gradient)).sample.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]

@@ -87,7 +87,9 @@ def recordings(model):
     return len(model._recorder.sets)
 
 
-@pytest.mark.parametrize("settings", [{}, {"num_core": 2, "input_skip": True, "time_in_pre_post": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_core": 2, "input_skip": True, "time_in_pre_post": True}, {"injection": "gate"}]
+)
 @torch.no_grad()
 def test_one_set_serves_all_timesteps_iterations_and_starts_of_a_batch(settings, place):
     plain, recorded = pair(place, **settings)

@@ -56,7 +56,13 @@ def test_an_output_without_weights_is_its_bias(kind, convert):
 
 @BOTH
 @pytest.mark.parametrize(
-    ("of", "settings"), [(FixedPointDiT, {}), (FixedPointDiT, {"num_core": 2, "input_skip": True}), (DiT, {})]
+    ("of", "settings"),
+    [
+        (FixedPointDiT, {}),
+        (FixedPointDiT, {"num_core": 2, "input_skip": True}),
+        (FixedPointDiT, {"injection": "gate"}),
+        (DiT, {}),
+    ],
 )
 def test_a_network_stays_near_itself_and_iterates_as_often(of, settings, kind, convert):
     model = network(of, **settings)
@@ -68,12 +74,15 @@ def test_a_network_stays_near_itself_and_iterates_as_often(of, settings, kind, c
 
 
 @BOTH
-def test_what_is_iterated_is_rounded_and_the_rest_is_not(kind, convert):
-    model = convert(network(num_core=2))
+@pytest.mark.parametrize(
+    ("injection", "layers"), [("mlp", {"core.inject_z", "core.inject_out"}), ("gate", {"core.inject_out"})]
+)
+def test_what_is_iterated_is_rounded_and_the_rest_is_not(injection, layers, kind, convert):
+    model = convert(network(num_core=2, injection=injection))
     rounded = {name for name, module in model.named_modules() if isinstance(module, kind)}
     blocks = ["pre.0", "core.blocks.0", "core.blocks.1", "post.0"]
     expected = {f"{b}.{part}" for b in blocks for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-    assert rounded == expected | {"core.inject_z", "core.inject_out"}
+    assert rounded == expected | layers
 
 
 @BOTH

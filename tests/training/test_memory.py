@@ -56,6 +56,7 @@ def any_precision():
         {"exit_loss": "target", "accumulation": 2},
         {"gradient": "phantom"},
         {"gradient": "unroll"},
+        {"injection": "gate"},
     ],
     ids=str,
 )

@@ -3,6 +3,8 @@
 Nothing here is computed: `fpdm experiment NAME --on GROUND` does what a table says.
 """
 
+from typing import Any
+
 from fpdm.experiments.points import Axes
 from fpdm.experiments.table import Ground, Model, Table
 from fpdm.names import unknown
@@ -16,11 +18,11 @@ SIX = {"no_grad_max": 6, "with_grad_max": 6}  # groups of K blocks make these di
 PAPER = {"time_in_pre_post": False, "input_skip": False, **SIX}  # it converges slower
 
 
-def looped(count: int) -> Model:
+def looped(count: int, **changes: Any) -> dict[str, Any]:
     """All blocks shared, and trained for the way that it draws: one pass through them at each timestep, which half of
     the time goes on with the solution of a noisier one."""
     fields = {"num_pre": 0, "num_core": count, "num_post": 0, "no_grad_max": 0, "with_grad_max": count}
-    return Model(f"FPDM, 0+{count}+0, half warm", {**fields, "warm_share": 0.5})
+    return {**fields, "warm_share": 0.5, **changes}
 
 
 FULL, HALF, NEAREST = 8, 4, 3  # depths of the DiTs; the last one's parameters are nearest to FPDM's
@@ -29,7 +31,9 @@ MODELS = {
     "fpdm-paper": Model("FPDM as in the paper", PAPER),
     "fpdm-k2": Model("FPDM, 1+2+1", {"num_core": 2, **SIX}),
     "fpdm-k4": Model("FPDM, 1+4+1", {"num_core": 4, **SIX}),
-    **{f"looped{count}": looped(count) for count in (NEAREST, HALF)},
+    **{f"looped{count}": Model(f"FPDM, 0+{count}+0, half warm", looped(count)) for count in (NEAREST, HALF)},
+    **{f"gated{count}": Model(f"FPDM, 0+{count}+0, half warm, gate", looped(count, injection="gate"))
+       for count in (NEAREST, HALF)},
     **{f"dit{depth}": Model(f"DiT, {depth} blocks", {"network": "dit", "depth": depth})
        for depth in (NEAREST, HALF, FULL)},
 }  # fmt: skip

@@ -46,8 +46,8 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     gradient_checkpointing = False  # diffusers sets this, and `_gradient_checkpointing_func`
-    _repeated_blocks = ["FixedPointCore", "Block"]
-    _no_split_modules = ["FixedPointCore", "Block"]  # their parts are called from outside forward, too
+    _repeated_blocks = ["MlpCore", "GatedCore", "Block"]
+    _no_split_modules = ["MlpCore", "GatedCore", "Block"]  # their parts are called from outside forward, too
     config_name = "config.json"
     _recorder: Recorder | None = None
 
@@ -212,9 +212,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
         for weight in (self.label_embed.weight, self.time_embed.fc1.weight, self.time_embed.fc2.weight):
             nn.init.normal_(weight, std=0.02)
-        for module in self.modules():
-            if isinstance(module, Block | FinalLayer):
-                nn.init.zeros_(module.adaln.weight)
+        for name, module in self.named_modules():
+            if name.endswith("adaln"):
+                nn.init.zeros_(module.weight)
         nn.init.zeros_(self.final.linear.weight)
 
 

@@ -3,64 +3,18 @@
 u   tokens after the pre blocks (B, N, D)
 z   the iterate (B, N, D)
 c   conditioning of the implicit layer, from t and y (B, D)
-P   the projection of u, linear D -> D
 """
 
 from functools import partial
-from typing import NamedTuple
 
 from diffusers import ConfigMixin, ModelMixin  # noqa: F401  (diffusers finds the loader of a custom model by this name)
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from fpdm.fixedpoint import FixedIterations, Solve
+from fpdm.models.core import Context, make_core
 from fpdm.models.denoiser import Denoiser, Output, condition
-from fpdm.models.fused import gelu_linear, linear
 from fpdm.models.layers import Block
-
-
-class Context(NamedTuple):
-    """All that is constant while z is iterated: computed once per solve, with gradient."""
-
-    injected: Tensor  # u's share of the first linear map, bias included (B, N, 2D)
-    modulations: tuple[Tensor, ...]  # of each block of the group (B, 6, 1, D)
-    skip: Tensor | None = None  # u, where it is added to the injection
-
-
-class FixedPointCore(nn.Module):
-    """f(z, u, c) = Block_K(... Block_1(MLP([z ; P u]), c) ..., c), split at what does not depend on z.
-
-    The first linear map of the MLP acts on a concatenation, W [z ; P u] + b = W_z z + (W_u P u + b): two maps, of which
-    the second and the blocks' modulations belong to the context.
-
-    With `input_skip` u is added to what the MLP returns, which starts at zero: the blocks' residual stream begins at u,
-    as it does in an explicit network, and the MLP has to learn only what the iterate adds to that. Without it, all that
-    is known of the image passes through the MLP anew at every iteration.
-    """
-
-    def __init__(self, hidden_size: int, num_heads: int, num_core: int, input_skip: bool = False):
-        super().__init__()
-        self.input_skip = input_skip
-        self.project = nn.Linear(hidden_size, hidden_size)  # P
-        self.inject_z = nn.Linear(hidden_size, 2 * hidden_size, bias=False)  # W_z
-        self.inject_u = nn.Linear(hidden_size, 2 * hidden_size)  # W_u, b
-        self.inject_out = nn.Linear(2 * hidden_size, hidden_size)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_core))
-
-    def prepare(self, u: Tensor, c: Tensor) -> Context:
-        """The context of a solve, from `u` (B, N, D) and `c` (B, D), which is the conditioning after SiLU."""
-        modulations = tuple(block.modulation(c) for block in self.blocks)  # type: ignore[operator]
-        return Context(self.inject_u(self.project(u)), modulations, u if self.input_skip else None)
-
-    def forward(self, z: Tensor, context: Context) -> Tensor:
-        """One application of f to `z` (B, N, D)."""
-        # As precise as it came: under autocast z is float32, and blocks add to it as an explicit network's do.
-        z = gelu_linear(linear(z, self.inject_z) + context.injected, self.inject_out).to(z.dtype)
-        if context.skip is not None:
-            z = z + context.skip
-        for block, modulation in zip(self.blocks, context.modulations, strict=True):
-            z = block(z, modulation)
-        return z
 
 
 class FixedPointDiT(Denoiser):
@@ -75,7 +29,9 @@ class FixedPointDiT(Denoiser):
     num_classes          0 for an unconditional model; label `num_classes` is the null class
     learned_variance     whether the output has a second half, for the variance (Nichol and Dhariwal 2021)
     time_in_pre_post     whether pre and post blocks and the final layer see t as well as y
-    input_skip           whether u is added to the injection; the paper has no such thing. See `FixedPointCore`
+    injection            how the iterate comes into the shared blocks: "mlp", as in the paper, or "gate" (`core`)
+    input_skip           whether u is added to what the MLP returns, as it always is to what the gate lets through; the
+                         paper has no such thing
 
     Raises ValueError for sizes that do not fit together.
     """
@@ -95,6 +51,7 @@ class FixedPointDiT(Denoiser):
         learned_variance: bool = True,
         time_in_pre_post: bool = False,
         input_skip: bool = False,
+        injection: str = "mlp",
     ):
         super().__init__()
         self._build(sample_size, patch_size, in_channels, hidden_size, num_heads)
@@ -102,13 +59,10 @@ class FixedPointDiT(Denoiser):
             if count < least:
                 raise ValueError(f"{name} is {count}; it must be at least {least}")
         self.pre = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_pre))
-        self.core = FixedPointCore(hidden_size, num_heads, num_core, input_skip)
+        self.core = make_core(injection, hidden_size, num_heads, num_core, input_skip)
         self.post = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_post))
         self._initialize()
-        for half in (self.core.inject_z, self.core.inject_u):  # halves of one 2D x 2D map: Xavier's bound of the whole
-            nn.init.xavier_uniform_(half.weight, gain=(3 / 4) ** 0.5)
-        if input_skip:
-            nn.init.zeros_(self.core.inject_out.weight)
+        self.core.initialize()
 
     def passes(self, iterations: int | None = None) -> int:
         """Transformer block passes of one evaluation with `iterations` >= 1: pre + K iterations + post."""

@@ -15,10 +15,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fpdm.models.fixed_point_dit import FixedPointCore
+from fpdm.models.core import GatedCore, MlpCore
 from fpdm.models.layers import Attention, Mlp
 
-LAYERS = {Attention: ("qkv", "proj"), Mlp: ("fc1", "fc2"), FixedPointCore: ("inject_z", "inject_out")}
+LAYERS = {
+    Attention: ("qkv", "proj"),
+    Mlp: ("fc1", "fc2"),
+    MlpCore: ("inject_z", "inject_out"),
+    GatedCore: ("inject_out",),
+}
 
 
 class RoundedLinear(nn.Module):

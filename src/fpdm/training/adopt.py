@@ -7,7 +7,7 @@ from fpdm.files import model_folder, read_json
 
 SAME_NAME = (
     "patch_size", "hidden_size", "num_heads", "depth", "num_pre", "num_core", "num_post", "time_in_pre_post",
-    "input_skip", "learned_variance",
+    "injection", "input_skip", "learned_variance",
 )  # fmt: skip
 
 
@@ -27,8 +27,8 @@ def fields_of(name: str) -> dict[str, Any]:
     network = read_json(root / "transformer/config.json")
     schedule = read_json(root / "scheduler/scheduler_config.json")
     try:
-        # A recipe has the skip, and a model from before it was there says nothing of it.
-        found = {"input_skip": False} if network["_class_name"] == "FixedPointDiT" else {}
+        # A recipe may have these, and a model from before they were there says nothing of them.
+        found = {"input_skip": False, "injection": "mlp"} if network["_class_name"] == "FixedPointDiT" else {}
         found |= {name: network[name] for name in SAME_NAME if name in network}
         return found | {
             "model": None,

@@ -209,7 +209,7 @@ def build_model(config: Config, source: Source) -> Denoiser:
         torch.manual_seed(seed_of(config.run.seed, "weights"))
         if wanted.network == "dit":
             return DiT(**settings)
-        names = ("num_pre", "num_core", "num_post", "time_in_pre_post", "input_skip")
+        names = ("num_pre", "num_core", "num_post", "time_in_pre_post", "injection", "input_skip")
         return FixedPointDiT(**settings, **{name: getattr(wanted, name) for name in names})
 
 
@@ -228,7 +228,7 @@ def check_used(config: Config, source: Source) -> None:
     for name in ("gradient", "exit_loss", "warm_share"):
         if getattr(gradient, name) != getattr(defaults, name):
             raise ValueError(f"{name} belongs to a fixed point network; an explicit DiT has nothing to iterate")
-    for name in ("num_pre", "num_core", "num_post", "time_in_pre_post", "input_skip"):
+    for name in ("num_pre", "num_core", "num_post", "time_in_pre_post", "injection", "input_skip"):
         if getattr(config.model, name) != getattr(ModelConfig(), name):
             raise ValueError(f"{name} belongs to a fixed point network; an explicit DiT has a depth")
 

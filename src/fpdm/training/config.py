@@ -32,7 +32,8 @@ class ModelConfig:
     num_core: int = option(1, "blocks in the shared group of the fixed point", least=1)
     num_post: int = option(1, "explicit blocks after the fixed point", least=0)
     time_in_pre_post: bool = option(False, "pre and post blocks see the timestep too")
-    input_skip: bool = option(False, "what pre blocks return is added to the injection of the fixed point")
+    injection: str = option("mlp", "how the iterate comes into the shared blocks", choices=("mlp", "gate"))
+    input_skip: bool = option(False, "what pre blocks return is added to what the MLP of the injection does")
     learned_variance: bool = option(True, "learn the variance, for DDPM sampling")
 
 
@@ -167,7 +168,7 @@ CHANGEABLE = {
 
 # Settings of fixed point networks, and of how they are trained.
 FIXED_POINT_ONLY = (
-    "num_pre", "num_core", "num_post", "time_in_pre_post", "input_skip", "gradient", "no_grad_max",
+    "num_pre", "num_core", "num_post", "time_in_pre_post", "injection", "input_skip", "gradient", "no_grad_max",
     "with_grad_max", "damping", "tolerance", "exit_loss", "exit_weight", "warm_share",
 )  # fmt: skip
 

@@ -1,0 +1,135 @@
+"""The layer whose fixed point is sought: blocks, and how the iterate comes in.
+
+u   tokens after the pre blocks (B, N, D)
+z   the iterate (B, N, D)
+c   conditioning, from t and y, after SiLU (B, D)
+"""
+
+from abc import abstractmethod
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fpdm.models.fused import gated, gelu_linear, linear, norm_linear
+from fpdm.models.layers import Block
+
+
+class Context(NamedTuple):
+    """All that is constant while z is iterated: computed once per solve, with gradient."""
+
+    injected: Tensor  # what the injection has of it
+    modulations: tuple[Tensor, ...]  # of each block of the group (B, 6, 1, D)
+    skip: Tensor | None  # u, where it is added to the injection
+
+
+class FixedPointCore(nn.Module):
+    """f(z, u, c) = Block_K(... Block_1(injection(z, u, c), c) ..., c), split at what does not depend on z."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_core: int):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_core))
+
+    def prepare(self, u: Tensor, c: Tensor) -> Context:
+        """The context of a solve, from `u` (B, N, D) and `c` (B, D)."""
+        modulations = tuple(block.modulation(c) for block in self.blocks)  # type: ignore[operator]
+        return Context(self.constant(u, c), modulations, self.skip(u))
+
+    def forward(self, z: Tensor, context: Context) -> Tensor:
+        """One application of f to `z` (B, N, D)."""
+        z = self.inject(z, context)
+        for block, modulation in zip(self.blocks, context.modulations, strict=True):
+            z = block(z, modulation)
+        return z
+
+    @abstractmethod
+    def constant(self, u: Tensor, c: Tensor) -> Tensor:
+        """What `inject` has of u and c."""
+
+    @abstractmethod
+    def skip(self, u: Tensor) -> Tensor | None:
+        """u, if it is added."""
+
+    @abstractmethod
+    def inject(self, z: Tensor, context: Context) -> Tensor:
+        """What the blocks begin with (B, N, D)."""
+
+    def initialize(self) -> None:  # noqa: B027
+        """Weights that do not start as those of a DiT do."""
+
+
+class MlpCore(FixedPointCore):
+    """The paper's injection: MLP([z ; P u]).
+
+    The first linear map of the MLP acts on a concatenation, W [z ; P u] + b = W_z z + (W_u P u + b): two maps, of which
+    the second belongs to the context.
+
+    With `input_skip` u is added to what the MLP returns, which starts at zero: the blocks' residual stream begins at u,
+    as it does in an explicit network, and the MLP has to learn only what the iterate adds to that. Without it, all that
+    is known of the image passes through the MLP anew at every iteration.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_core: int, input_skip: bool = False):
+        super().__init__(hidden_size, num_heads, num_core)
+        self.input_skip = input_skip
+        self.project = nn.Linear(hidden_size, hidden_size)  # P
+        self.inject_z = nn.Linear(hidden_size, 2 * hidden_size, bias=False)  # W_z
+        self.inject_u = nn.Linear(hidden_size, 2 * hidden_size)  # W_u, b
+        self.inject_out = nn.Linear(2 * hidden_size, hidden_size)
+
+    def initialize(self) -> None:
+        for half in (self.inject_z, self.inject_u):  # halves of one 2D x 2D map: Xavier's bound of the whole
+            nn.init.xavier_uniform_(half.weight, gain=(3 / 4) ** 0.5)
+        if self.input_skip:
+            nn.init.zeros_(self.inject_out.weight)
+
+    def constant(self, u: Tensor, c: Tensor) -> Tensor:
+        """W_u P u + b (B, N, 2D)."""
+        return self.inject_u(self.project(u))  # type: ignore[no-any-return]
+
+    def skip(self, u: Tensor) -> Tensor | None:
+        return u if self.input_skip else None
+
+    def inject(self, z: Tensor, context: Context) -> Tensor:
+        # As precise as it came: under autocast z is float32, and blocks add to it as an explicit network's do.
+        z = gelu_linear(linear(z, self.inject_z) + context.injected, self.inject_out).to(z.dtype)
+        return z if context.skip is None else z + context.skip
+
+
+class GatedCore(FixedPointCore):
+    """u + g W(LayerNorm(z) (1 + s) + b), with shift b, scale s and gate g from c, as the branches of an adaLN-Zero block.
+
+    Of W alone, a quarter of the MLP's operations at each iteration, and of those that it makes once per solve none.
+
+    The blocks begin with u, to which the iterate adds what the gate lets through. The gate starts at zero, and depends
+    on the timestep: how far a solution of the last timestep is of use depends on the noise.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_core: int):
+        super().__init__(hidden_size, num_heads, num_core)
+        self.inject_out = nn.Linear(hidden_size, hidden_size)  # W
+        self.adaln = nn.Linear(hidden_size, 3 * hidden_size)
+
+    def constant(self, u: Tensor, c: Tensor) -> Tensor:
+        """Shift, scale and gate (B, 3, 1, D)."""
+        return self.adaln(c).view(len(c), 3, 1, -1)  # type: ignore[no-any-return]
+
+    def skip(self, u: Tensor) -> Tensor:
+        return u
+
+    def inject(self, z: Tensor, context: Context) -> Tensor:
+        shift, scale, gate = context.injected.unbind(1)
+        assert context.skip is not None
+        return gated(context.skip, gate, norm_linear(z, shift, scale, self.inject_out))
+
+
+INJECTIONS = ("mlp", "gate")
+
+
+def make_core(injection: str, hidden_size: int, num_heads: int, num_core: int, input_skip: bool) -> FixedPointCore:
+    """Raises ValueError for an unknown injection."""
+    match injection:
+        case "mlp":
+            return MlpCore(hidden_size, num_heads, num_core, input_skip)
+        case "gate":
+            return GatedCore(hidden_size, num_heads, num_core)
+    raise ValueError(f"injection is {injection!r}; it must be one of {', '.join(INJECTIONS)}")
