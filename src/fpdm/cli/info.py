@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     model = network(config, source)
     steps = solves(config, model)
     print_network(config, model)
-    print_steps(model, steps)
+    print_steps(config, model, steps)
     print_samples(model)
     print_memory(config, source, steps)
     return 0
@@ -59,9 +59,9 @@ def print_network(config: Config, model: "Denoiser") -> None:
         print("--classes tells how many classes the data has")
 
 
-def print_steps(model: "Denoiser", steps: "dict[str, Solve | None]") -> None:
-    """Block passes and operations of a training step by its iterations."""
-    from fpdm.training.course import differentiated, operations
+def print_steps(config: Config, model: "Denoiser", steps: "dict[str, Solve | None]") -> None:
+    """Block passes and operations of a training step by its iterations; and on average where some start warm."""
+    from fpdm.training.course import differentiated, make_courses, mean_operations, operations
 
     print(f"\n{'a training step, per image':28} {'iterations':>16} {'block passes':>14} {'operations':>12}")
     for name, solve in steps.items():
@@ -71,6 +71,9 @@ def print_steps(model: "Denoiser", steps: "dict[str, Solve | None]") -> None:
             some = differentiated(solve)
             iterations, passes = f"{some[0] - 1} and {len(some)}", model.passes(some[-1])
         print(f"{name:28} {iterations:>16} {passes:>14} {operations(model, solve):>12.3g}")
+    if warm := config.gradient.warm_share:
+        average = mean_operations(model, make_courses(config.gradient, model.config.num_core))
+        print(f"{f'average, {warm:.0%} warm':28} {'':>16} {'':>14} {average:>12.3g}")
     if None not in steps.values():
         print("iterations without and with gradient; block passes forward, operations backward too")
 

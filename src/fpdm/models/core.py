@@ -53,7 +53,7 @@ class FixedPointCore(nn.Module):
     def inject(self, z: Tensor, context: Context) -> Tensor:
         """What the blocks begin with (B, N, D)."""
 
-    def initialize(self) -> None:  # noqa: B027
+    def initialize(self) -> None:
         """Weights that do not start as those of a DiT do."""
 
 
@@ -96,7 +96,7 @@ class MlpCore(FixedPointCore):
 
 
 class GatedCore(FixedPointCore):
-    """u + g W(LayerNorm(z) (1 + s) + b), with shift b, scale s and gate g from c, as the branches of an adaLN-Zero block.
+    """u + g W(LayerNorm(z) (1 + s) + b): shift b, scale s and gate g are from c, as in a branch of an adaLN-Zero block.
 
     Of W alone, a quarter of the MLP's operations at each iteration, and of those that it makes once per solve none.
 
