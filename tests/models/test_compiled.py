@@ -38,10 +38,10 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("injection", ["mlp", "gate"])
+@pytest.mark.parametrize("settings", [{}, {"input_skip": True}, {"injection": "gate"}], ids=str)
 @torch.no_grad()
-def test_neither_batch_nor_iterations_nor_stopping_compile_again(injection):
-    plain, compiled = (network(num_core=2, injection=injection) for _ in range(2))
+def test_neither_batch_nor_iterations_nor_stopping_compile_again(settings):
+    plain, compiled = (network(num_core=2, **settings) for _ in range(2))
     compiled.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     compiled(*inputs(4), iterations=3)
     assert graphs() == 2  # the core, and what pre and post blocks share

@@ -17,9 +17,8 @@ from fpdm.models.layers import Block
 class Context(NamedTuple):
     """All that is constant while z is iterated: computed once per solve, with gradient."""
 
-    injected: Tensor  # what the injection has of it
+    injected: tuple[Tensor, ...]  # what the injection has of u and c
     modulations: tuple[Tensor, ...]  # of each block of the group (B, 6, 1, D)
-    skip: Tensor | None  # u, where it is added to the injection
 
 
 class FixedPointCore(nn.Module):
@@ -32,25 +31,21 @@ class FixedPointCore(nn.Module):
     def prepare(self, u: Tensor, c: Tensor) -> Context:
         """The context of a solve, from `u` (B, N, D) and `c` (B, D)."""
         modulations = tuple(block.modulation(c) for block in self.blocks)  # type: ignore[operator]
-        return Context(self.constant(u, c), modulations, self.skip(u))
+        return Context(self.injected(u, c), modulations)
 
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """One application of f to `z` (B, N, D)."""
-        z = self.inject(z, context)
+        z = self.inject(z, *context.injected)
         for block, modulation in zip(self.blocks, context.modulations, strict=True):
             z = block(z, modulation)
         return z
 
     @abstractmethod
-    def constant(self, u: Tensor, c: Tensor) -> Tensor:
-        """What `inject` has of u and c."""
+    def injected(self, u: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        """What `inject` takes beside z."""
 
     @abstractmethod
-    def skip(self, u: Tensor) -> Tensor | None:
-        """u, if it is added."""
-
-    @abstractmethod
-    def inject(self, z: Tensor, context: Context) -> Tensor:
+    def inject(self, z: Tensor, *injected: Tensor) -> Tensor:
         """What the blocks begin with (B, N, D)."""
 
     def initialize(self) -> None:
@@ -82,17 +77,15 @@ class MlpCore(FixedPointCore):
         if self.input_skip:
             nn.init.zeros_(self.inject_out.weight)
 
-    def constant(self, u: Tensor, c: Tensor) -> Tensor:
-        """W_u P u + b (B, N, 2D)."""
-        return self.inject_u(self.project(u))  # type: ignore[no-any-return]
+    def injected(self, u: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        """W_u P u + b (B, N, 2D), and u where it is added."""
+        of_u = self.inject_u(self.project(u))
+        return (of_u, u) if self.input_skip else (of_u,)
 
-    def skip(self, u: Tensor) -> Tensor | None:
-        return u if self.input_skip else None
-
-    def inject(self, z: Tensor, context: Context) -> Tensor:
+    def inject(self, z: Tensor, of_u: Tensor, *skip: Tensor) -> Tensor:  # type: ignore[override]
         # As precise as it came: under autocast z is float32, and blocks add to it as an explicit network's do.
-        z = gelu_linear(linear(z, self.inject_z) + context.injected, self.inject_out).to(z.dtype)
-        return z if context.skip is None else z + context.skip
+        z = gelu_linear(linear(z, self.inject_z) + of_u, self.inject_out).to(z.dtype)
+        return sum(skip, z)
 
 
 class GatedCore(FixedPointCore):
@@ -109,17 +102,13 @@ class GatedCore(FixedPointCore):
         self.inject_out = nn.Linear(hidden_size, hidden_size)  # W
         self.adaln = nn.Linear(hidden_size, 3 * hidden_size)
 
-    def constant(self, u: Tensor, c: Tensor) -> Tensor:
-        """Shift, scale and gate (B, 3, 1, D)."""
-        return self.adaln(c).view(len(c), 3, 1, -1)  # type: ignore[no-any-return]
+    def injected(self, u: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        """u, and shift, scale and gate (B, 3, 1, D)."""
+        return u, self.adaln(c).view(len(c), 3, 1, -1)
 
-    def skip(self, u: Tensor) -> Tensor:
-        return u
-
-    def inject(self, z: Tensor, context: Context) -> Tensor:
-        shift, scale, gate = context.injected.unbind(1)
-        assert context.skip is not None
-        return gated(context.skip, gate, norm_linear(z, shift, scale, self.inject_out))
+    def inject(self, z: Tensor, u: Tensor, modulation: Tensor) -> Tensor:  # type: ignore[override]
+        shift, scale, gate = modulation.unbind(1)
+        return gated(u, gate, norm_linear(z, shift, scale, self.inject_out))
 
 
 INJECTIONS = ("mlp", "gate")

@@ -223,15 +223,17 @@ def run_block(block: Block, x: Tensor, c: Tensor) -> Tensor:
     return block(x, block.modulation(c))
 
 
-def call_for_any_batch(compiled: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """What `compiled` returns, for batches of any size: torch.compile would take 1 for a case apart."""
+def call_for_any_batch(compiled: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
+    """What `compiled` returns, for batches of any size: torch.compile would take 1 for a case apart. And so it would an
+    iterate that is an input for the second time, as where a solve starts at what is added to it."""
     from torch._dynamo.decorators import mark_unbacked  # which takes a second to import
 
     if not torch.is_grad_enabled():
-        for tensor in tree_leaves(inputs):
+        x = x.detach()  # another tensor of the same data
+        for tensor in tree_leaves((x, *others)):
             if isinstance(tensor, Tensor) and tensor.dim() > 0:
                 mark_unbacked(tensor, 0)
-    return compiled(*inputs)
+    return compiled(x, *others)
 
 
 def condition(*embeddings: Tensor) -> Tensor:
