@@ -65,6 +65,8 @@ def test_a_model_of_which_nothing_is_there_has_no_row(result):
         "trainings": result["trainings"][1:],
     }
     assert [row[0] for row in cells(markdown(part))[2:]] == ["DiT (1.23 M)", "real images"]
+    some = {**result, "points": [p for p in result["points"] if p["model"] == "fpdm" or p["way"] == "UniPC"]}
+    assert [row[0] for row in cells(markdown(some, "DDIM"))[2:]] == ["FPDM (0.25 M)", "real images"]
 
 
 def test_a_table_of_nothing_has_a_head():

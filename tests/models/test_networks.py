@@ -180,6 +180,15 @@ def test_a_new_network_with_a_skip_starts_every_iteration_at_u(settings):
     assert torch.equal(core(drawn(2, 4, 8).flip(0), core.prepare(u, c)), u)
 
 
+def test_parameters_keep_the_order_by_which_optimisers_know_them():
+    for injection, order in (
+        ("mlp", ["project", "inject_z", "inject_u", "inject_out", "blocks"]),
+        ("gate", ["blocks", "inject_out", "adaln"]),
+    ):
+        core = FixedPointDiT(**TINY, injection=injection).core
+        assert list(dict.fromkeys(name.split(".")[0] for name, _ in core.named_parameters())) == order
+
+
 def test_the_skip_adds_no_parameters():
     with_skip, without = fixed_point_dit(input_skip=True).state_dict(), fixed_point_dit().state_dict()
     assert {key: weight.shape for key, weight in with_skip.items()} == {k: w.shape for k, w in without.items()}

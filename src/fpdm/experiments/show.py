@@ -11,7 +11,7 @@ from fpdm.files import write_aside
 
 def markdown(result: Row, way: str | None = None) -> str:
     """The Frechet distance by model (or by way, where there is but one model) and budget: over trainings the mean, and
-    the smallest and largest. The lowest mean at each budget is bold.
+    the smallest and largest. The lowest mean at each budget is bold. Rows of which nothing is measured are left out.
 
     way  of drawing; None takes at each budget the one that was best when plans were chosen
     """
@@ -36,7 +36,8 @@ def table_rows(result: Row, way: str | None) -> tuple[list[str], list[list[str]]
     rows = []
     for (_, name, values), of_line in zip(lines, means, strict=True):
         cells = [cell(values.get(b, []), of_line.get(b) == least[b]) for b in budgets]
-        rows.append([name, *cells])
+        if any(cells):
+            rows.append([name, *cells])
     if result["real"]:
         rows.append(["real images", *[significant(next(iter(result["real"].values())))] * len(budgets)])
     return ["block passes", *map(str, budgets)], rows

@@ -22,11 +22,12 @@ class Context(NamedTuple):
 
 
 class FixedPointCore(nn.Module):
-    """f(z, u, c) = Block_K(... Block_1(injection(z, u, c), c) ..., c), split at what does not depend on z."""
+    """f(z, u, c) = Block_K(... Block_1(injection(z, u, c), c) ..., c), split at what does not depend on z.
 
-    def __init__(self, hidden_size: int, num_heads: int, num_core: int):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_core))
+    The order in which its parts are built matters: by it a seed gives them weights, and an optimiser knows them.
+    """
+
+    blocks: nn.ModuleList
 
     def prepare(self, u: Tensor, c: Tensor) -> Context:
         """The context of a solve, from `u` (B, N, D) and `c` (B, D)."""
@@ -64,12 +65,13 @@ class MlpCore(FixedPointCore):
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_core: int, input_skip: bool = False):
-        super().__init__(hidden_size, num_heads, num_core)
+        super().__init__()
         self.input_skip = input_skip
         self.project = nn.Linear(hidden_size, hidden_size)  # P
         self.inject_z = nn.Linear(hidden_size, 2 * hidden_size, bias=False)  # W_z
         self.inject_u = nn.Linear(hidden_size, 2 * hidden_size)  # W_u, b
         self.inject_out = nn.Linear(2 * hidden_size, hidden_size)
+        self.blocks = shared_blocks(hidden_size, num_heads, num_core)
 
     def initialize(self) -> None:
         for half in (self.inject_z, self.inject_u):  # halves of one 2D x 2D map: Xavier's bound of the whole
@@ -98,7 +100,8 @@ class GatedCore(FixedPointCore):
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_core: int):
-        super().__init__(hidden_size, num_heads, num_core)
+        super().__init__()
+        self.blocks = shared_blocks(hidden_size, num_heads, num_core)
         self.inject_out = nn.Linear(hidden_size, hidden_size)  # W
         self.adaln = nn.Linear(hidden_size, 3 * hidden_size)
 
@@ -109,6 +112,10 @@ class GatedCore(FixedPointCore):
     def inject(self, z: Tensor, u: Tensor, modulation: Tensor) -> Tensor:  # type: ignore[override]
         shift, scale, gate = modulation.unbind(1)
         return gated(u, gate, norm_linear(z, shift, scale, self.inject_out))
+
+
+def shared_blocks(hidden_size: int, num_heads: int, num_core: int) -> nn.ModuleList:
+    return nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_core))
 
 
 INJECTIONS = ("mlp", "gate")
