@@ -7,6 +7,9 @@ from collections.abc import Iterable
 MOST_LISTED = 20
 
 
+INJECTIONS = ("mlp", "gate")  # of fixed point networks: see `fpdm.models.core`
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """The text of an error about an unknown `name`: the nearest known name, and all of them where they are few.
 

@@ -61,8 +61,8 @@ def test_steps_that_start_warm_cost_the_passes_before_them_too(capsys):
     words = ["--num-pre", 0, "--num-core", 3, "--num-post", 0, "--no-grad-max", 0, "--with-grad-max", 3]
     found = rows(info(capsys, "digits", *SMALL, *words, "--warm-share", 1), "a training step, per image")
     cost = operations_of(FixedPointDiT(8, 2, 1, 32, 2, num_pre=0, num_core=3, num_post=0, num_classes=10))
-    assert found["most"][-1] == f"{3 * cost.passes(1):.3g}"
-    assert found["average, 100% warm"] == [f"{4 * cost.passes(1):.3g}"]
+    assert found["most, cold"][-1] == f"{3 * cost.passes(1):.3g}"
+    assert found["average, a share of 1 warm"] == [f"{4 * cost.passes(1):.3g}"]
 
 
 def test_samples_are_those_that_would_be_drawn(digits):

@@ -96,10 +96,10 @@ METHODS = [
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
-@pytest.mark.parametrize("num_core", [1, 2])
+@pytest.mark.parametrize("settings", [{}, {"num_core": 2}, {"injection": "gate"}], ids=str)
 @pytest.mark.parametrize("solve", METHODS, ids=lambda solve: f"{solve.gradient}{solve.solver}{solve.exits}")
-def test_gradients_of_a_fixed_point_network_are_the_same(solve, num_core, bf16):
-    plain, less = (gradients(network(FixedPointDiT, on, num_core=num_core), bf16, solve=solve) for on in (False, True))
+def test_gradients_of_a_fixed_point_network_are_the_same(solve, settings, bf16):
+    plain, less = (gradients(network(FixedPointDiT, on, **settings), bf16, solve=solve) for on in (False, True))
     for name, gradient in plain.items():
         assert gradient.any()
         assert torch.equal(gradient, less[name]), name

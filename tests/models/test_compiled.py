@@ -79,12 +79,13 @@ def test_an_explicit_network_has_one_graph():
 
 
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("injection", ["mlp", "gate"])
 @pytest.mark.parametrize("kind", ["float32", "int8", "bfloat16"])
 @torch.no_grad()
-def test_compiled_code_equals_the_plain_one(kind):
+def test_compiled_code_equals_the_plain_one(kind, injection):
     if kind == "int8" and BACKEND.missing():
         pytest.skip(BACKEND.missing())
-    models = [network() for _ in range(2)]
+    models = [network(injection=injection) for _ in range(2)]
     models = [to_int8(m) for m in models] if kind == "int8" else [m.to(getattr(torch, kind)) for m in models]
     models[1].compile_repeated_blocks()
     for batch in (3, 1):

@@ -131,7 +131,8 @@ def test_shapes(settings, middle):
     (lambda: fixed_point_dit(num_pre=-1),               "num_pre is -1; it must be at least 0"),
     (lambda: fixed_point_dit(num_core=0),               "num_core is 0; it must be at least 1"),
     (lambda: fixed_point_dit(num_post=-2),              "num_post is -2"),
-    (lambda: fixed_point_dit(injection="gates"),        "injection is 'gates'; it must be one of mlp, gate"),
+    (lambda: fixed_point_dit(injection="gates"),        "unknown injection 'gates'. Did you mean 'gate'"),
+    (lambda: fixed_point_dit(injection="gate", input_skip=True), "a gate always adds to u"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_named(make, said):
     with pytest.raises(ValueError, match=said):

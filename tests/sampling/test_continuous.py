@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from fpdm.fixedpoint import Anderson, Picard
 from fpdm.sampling import REUSE, Guidance, continuous, cost_of, course, make_plan
-from tests.sampling.tiny import CALM, DIT, MODEL, count_rows, run
+from tests.sampling.tiny import CALM, DIT, MODEL, count_rows, run, tiny
 
 GUIDED = Guidance(3.0, (200, 800), share=0.5)
 
@@ -52,9 +52,10 @@ def test_every_course_comes_to_what_it_comes_to_alone(requests, most):
         assert_same(found, run(CALM, **requests[number]))
 
 
-def test_groups_of_blocks_and_networks_of_the_other_kind():
-    for number, found in together(pair := [request(0, 2, model=MODEL), request(4, 1, (4, 4), MODEL)], 8, MODEL):
-        assert_same(found, run(MODEL, **pair[number]))
+@pytest.mark.parametrize("model", [MODEL, tiny(injection="gate")], ids=["group", "gate"])
+def test_groups_of_blocks_and_networks_of_the_other_kind(model):
+    for number, found in together(pair := [request(0, 2, model=model), request(4, 1, (4, 4), model)], 8, model):
+        assert_same(found, run(model, **pair[number]))
 
 
 @pytest.mark.parametrize("most", [1, 3, 5])

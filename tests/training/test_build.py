@@ -37,6 +37,8 @@ def fresh_accelerate():
         ({**DIT, "warm_share": 0.5}, "warm_share belongs to a fixed point network"),
         ({**DIT, "time_in_pre_post": True}, "time_in_pre_post belongs to a fixed point network"),
         ({**DIT, "input_skip": True}, "input_skip belongs to a fixed point network"),
+        ({**DIT, "injection": "gate"}, "injection belongs to a fixed point network"),
+        ({"injection": "gate", "input_skip": True}, "input_skip belongs to injection 'mlp'"),
         ({"depth": 2}, "depth belongs to an explicit DiT"),
         ({"gradient": "phantom", "damping": 0}, "damping"),
         ({"gradient": "implicit", "tolerance": 0}, "tolerance"),

@@ -61,6 +61,13 @@ def test_an_explicit_network_takes_nothing_from_a_recipe_that_only_a_fixed_point
     assert asked.model.input_skip
 
 
+def test_a_gate_takes_nothing_from_a_recipe_that_only_an_mlp_has():
+    mlp = Config().with_fields(input_skip=True)
+    assert not mlp.with_fields(injection="gate").model.input_skip
+    assert mlp.with_fields(injection="gate", input_skip=True).model.input_skip  # refused when it is built
+    assert mlp.with_fields(injection="mlp").model.input_skip
+
+
 def test_differences_name_what_makes_another_run_and_nothing_else():
     old = Config()
     same = old.with_fields(steps=7, workers=3, log_every=1, device="cpu", data="elsewhere")

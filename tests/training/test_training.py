@@ -140,14 +140,15 @@ def test_broken_images_are_passed_over_counted_and_named(tmp_path):
 
 
 def test_fine_tuning_takes_network_and_weights_and_starts_new_classes_anew(tmp_path):
-    first = Trainer(folder_config(images_folder(tmp_path / "a")), tmp_path / "first")
+    first = Trainer(folder_config(images_folder(tmp_path / "a"), injection="gate"), tmp_path / "first")
     first.run()
     folder = str(tmp_path / "first/pipeline")
     adopted = fields_of(folder)
     assert (adopted["hidden_size"], adopted["network"], adopted["channels"]) == (16, "fpdm", 3)
+    assert (adopted["injection"], adopted["input_skip"]) == ("gate", False)
 
     data = images_folder(tmp_path / "b", classes=("x", "y", "z"))
-    second = Trainer(folder_config(data, init_from=folder, **{"lr": 0.5}), tmp_path / "second")
+    second = Trainer(folder_config(data, init_from=folder, lr=0.5, injection="gate"), tmp_path / "second")
     old, new = dict(first.ema.model.named_parameters()), dict(second.net.named_parameters())
     assert new["label_embed.weight"].shape[0] == 4
     for name in old:

@@ -64,16 +64,18 @@ def print_steps(config: Config, model: "Denoiser", steps: "dict[str, Solve | Non
     from fpdm.training.course import differentiated, make_courses, mean_operations, operations
 
     print(f"\n{'a training step, per image':28} {'iterations':>16} {'block passes':>14} {'operations':>12}")
+    warm = config.gradient.warm_share
     for name, solve in steps.items():
+        name = f"{name}, cold" if warm else name
         if solve is None:
             iterations, passes = "-", model.passes()
         else:
             some = differentiated(solve)
             iterations, passes = f"{some[0] - 1} and {len(some)}", model.passes(some[-1])
         print(f"{name:28} {iterations:>16} {passes:>14} {operations(model, solve):>12.3g}")
-    if warm := config.gradient.warm_share:
+    if warm:
         average = mean_operations(model, make_courses(config.gradient, model.config.num_core))
-        print(f"{f'average, {warm:.0%} warm':28} {'':>16} {'':>14} {average:>12.3g}")
+        print(f"{f'average, a share of {warm:g} warm':28} {'':>16} {'':>14} {average:>12.3g}")
     if None not in steps.values():
         print("iterations without and with gradient; block passes forward, operations backward too")
 

@@ -3,6 +3,8 @@
 u   tokens after the pre blocks (B, N, D)
 z   the iterate (B, N, D)
 c   conditioning, from t and y, after SiLU (B, D)
+P   projection of u, D -> D
+W   of the injection: W_z and W_u, D -> 2D, in the MLP, D -> D in the gated one
 """
 
 from abc import abstractmethod
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from fpdm.models.fused import gated, gelu_linear, linear, norm_linear
 from fpdm.models.layers import Block
+from fpdm.names import INJECTIONS, unknown
 
 
 class Context(NamedTuple):
@@ -32,7 +35,7 @@ class FixedPointCore(nn.Module):
     def prepare(self, u: Tensor, c: Tensor) -> Context:
         """The context of a solve, from `u` (B, N, D) and `c` (B, D)."""
         modulations = tuple(block.modulation(c) for block in self.blocks)  # type: ignore[operator]
-        return Context(self.injected(u, c), modulations)
+        return Context(self.prepare_injection(u, c), modulations)
 
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """One application of f to `z` (B, N, D)."""
@@ -42,7 +45,7 @@ class FixedPointCore(nn.Module):
         return z
 
     @abstractmethod
-    def injected(self, u: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    def prepare_injection(self, u: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         """What `inject` takes beside z."""
 
     @abstractmethod
@@ -79,7 +82,7 @@ class MlpCore(FixedPointCore):
         if self.input_skip:
             nn.init.zeros_(self.inject_out.weight)
 
-    def injected(self, u: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    def prepare_injection(self, u: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         """W_u P u + b (B, N, 2D), and u where it is added."""
         of_u = self.inject_u(self.project(u))
         return (of_u, u) if self.input_skip else (of_u,)
@@ -91,12 +94,12 @@ class MlpCore(FixedPointCore):
 
 
 class GatedCore(FixedPointCore):
-    """u + g W(LayerNorm(z) (1 + s) + b): shift b, scale s and gate g are from c, as in a branch of an adaLN-Zero block.
+    """u + gate W(LayerNorm(z) (1 + scale) + shift): gate, scale and shift are from c, as in a branch of an adaLN-Zero
+    block.
 
-    Of W alone, a quarter of the MLP's operations at each iteration, and of those that it makes once per solve none.
-
-    The blocks begin with u, to which the iterate adds what the gate lets through. The gate starts at zero, and depends
-    on the timestep: how far a solution of the last timestep is of use depends on the noise.
+    W is all that acts on tokens, a quarter of the MLP's operations at each iteration. The blocks begin with u, to which
+    the iterate adds what the gate lets through. The gate starts at zero, and sees the timestep: how far a solution of
+    the last one is of use depends on the noise.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, num_core: int):
@@ -105,7 +108,10 @@ class GatedCore(FixedPointCore):
         self.inject_out = nn.Linear(hidden_size, hidden_size)  # W
         self.adaln = nn.Linear(hidden_size, 3 * hidden_size)
 
-    def injected(self, u: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    def initialize(self) -> None:
+        nn.init.zeros_(self.adaln.weight)
+
+    def prepare_injection(self, u: Tensor, c: Tensor) -> tuple[Tensor, ...]:
         """u, and shift, scale and gate (B, 3, 1, D)."""
         return u, self.adaln(c).view(len(c), 3, 1, -1)
 
@@ -118,14 +124,12 @@ def shared_blocks(hidden_size: int, num_heads: int, num_core: int) -> nn.ModuleL
     return nn.ModuleList(Block(hidden_size, num_heads) for _ in range(num_core))
 
 
-INJECTIONS = ("mlp", "gate")
-
-
 def make_core(injection: str, hidden_size: int, num_heads: int, num_core: int, input_skip: bool) -> FixedPointCore:
-    """Raises ValueError for an unknown injection."""
-    match injection:
-        case "mlp":
-            return MlpCore(hidden_size, num_heads, num_core, input_skip)
-        case "gate":
-            return GatedCore(hidden_size, num_heads, num_core)
-    raise ValueError(f"injection is {injection!r}; it must be one of {', '.join(INJECTIONS)}")
+    """Raises ValueError for an unknown injection, and for a skip beside a gate, which has its own."""
+    if injection not in INJECTIONS:
+        raise ValueError(unknown("injection", injection, INJECTIONS))
+    if injection == "mlp":
+        return MlpCore(hidden_size, num_heads, num_core, input_skip)
+    if input_skip:
+        raise ValueError("input_skip belongs to injection 'mlp'; a gate always adds to u: leave it out")
+    return GatedCore(hidden_size, num_heads, num_core)

@@ -212,9 +212,9 @@ class Denoiser(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.patch_embed.proj.bias)  # type: ignore[arg-type]
         for weight in (self.label_embed.weight, self.time_embed.fc1.weight, self.time_embed.fc2.weight):
             nn.init.normal_(weight, std=0.02)
-        for name, module in self.named_modules():
-            if name.endswith("adaln"):
-                nn.init.zeros_(module.weight)
+        for module in self.modules():
+            if isinstance(module, Block | FinalLayer):
+                nn.init.zeros_(module.adaln.weight)
         nn.init.zeros_(self.final.linear.weight)
 
 
@@ -224,12 +224,12 @@ def run_block(block: Block, x: Tensor, c: Tensor) -> Tensor:
 
 
 def call_for_any_batch(compiled: Callable[..., Tensor], x: Tensor, *others: Any) -> Tensor:
-    """What `compiled` returns, for batches of any size: torch.compile would take 1 for a case apart. And so it would an
-    iterate that is an input for the second time, as where a solve starts at what is added to it."""
+    """What `compiled` returns, for batches of any size: torch.compile would take 1 for a case apart, and a tensor that
+    comes twice for another, as u does where a solve starts at what the injection adds."""
     from torch._dynamo.decorators import mark_unbacked  # which takes a second to import
 
+    x = x.view_as(x) if torch.is_grad_enabled() else x.detach()  # another tensor of the same data
     if not torch.is_grad_enabled():
-        x = x.detach()  # another tensor of the same data
         for tensor in tree_leaves((x, *others)):
             if isinstance(tensor, Tensor) and tensor.dim() > 0:
                 mark_unbacked(tensor, 0)

@@ -29,11 +29,10 @@ class FixedPointDiT(Denoiser):
     num_classes          0 for an unconditional model; label `num_classes` is the null class
     learned_variance     whether the output has a second half, for the variance (Nichol and Dhariwal 2021)
     time_in_pre_post     whether pre and post blocks and the final layer see t as well as y
-    injection            how the iterate comes into the shared blocks: "mlp", as in the paper, or "gate" (`core`)
-    input_skip           whether u is added to what the MLP returns, as it always is to what the gate lets through; the
-                         paper has no such thing
+    injection            how the iterate comes into the shared blocks: "mlp", as in the paper, or "gate": see `core`
+    input_skip           whether u is added to what the MLP returns; the paper has no such thing. A gate has its own
 
-    Raises ValueError for sizes that do not fit together.
+    Raises ValueError for sizes that do not fit together, and an unknown injection.
     """
 
     @register_to_config

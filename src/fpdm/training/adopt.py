@@ -4,12 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from fpdm.files import model_folder, read_json
+from fpdm.training.config import FIXED_POINT_NETWORK
 
-SAME_NAME = (
-    "patch_size", "hidden_size", "num_heads", "depth", "num_pre", "num_core", "num_post", "time_in_pre_post",
-    "injection", "input_skip", "learned_variance",
-)  # fmt: skip
-
+SAME_NAME = ("patch_size", "hidden_size", "num_heads", "depth", "learned_variance", *FIXED_POINT_NETWORK)
 
 NETWORKS = {"DiT": "dit", "FixedPointDiT": "fpdm"}
 BETA_SCHEDULES = {"linear": "linear", "squaredcos_cap_v2": "cosine"}

@@ -25,7 +25,7 @@ from fpdm.keyed import generator, seed_of
 from fpdm.models import Denoiser, DiT, FixedPointDiT
 from fpdm.models.presets import preset
 from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.training.config import Config, DataConfig, GradientConfig, ModelConfig
+from fpdm.training.config import FIXED_POINT_NETWORK, Config, DataConfig, GradientConfig, ModelConfig
 from fpdm.training.course import Course, Courses, differentiated, make_courses, operations
 from fpdm.training.draws import Drawing, Draws
 from fpdm.training.validation import split
@@ -209,8 +209,7 @@ def build_model(config: Config, source: Source) -> Denoiser:
         torch.manual_seed(seed_of(config.run.seed, "weights"))
         if wanted.network == "dit":
             return DiT(**settings)
-        names = ("num_pre", "num_core", "num_post", "time_in_pre_post", "injection", "input_skip")
-        return FixedPointDiT(**settings, **{name: getattr(wanted, name) for name in names})
+        return FixedPointDiT(**settings, **{name: getattr(wanted, name) for name in FIXED_POINT_NETWORK})
 
 
 def check_used(config: Config, source: Source) -> None:
@@ -228,7 +227,7 @@ def check_used(config: Config, source: Source) -> None:
     for name in ("gradient", "exit_loss", "warm_share"):
         if getattr(gradient, name) != getattr(defaults, name):
             raise ValueError(f"{name} belongs to a fixed point network; an explicit DiT has nothing to iterate")
-    for name in ("num_pre", "num_core", "num_post", "time_in_pre_post", "injection", "input_skip"):
+    for name in FIXED_POINT_NETWORK:
         if getattr(config.model, name) != getattr(ModelConfig(), name):
             raise ValueError(f"{name} belongs to a fixed point network; an explicit DiT has a depth")
 

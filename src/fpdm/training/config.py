@@ -8,7 +8,7 @@ from functools import cache
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from fpdm.names import unknown
+from fpdm.names import INJECTIONS, unknown
 
 SOURCES = ("auto", "digits", "folder", "idx", "npz", "datasets", "shards", "latents")
 GRADIENTS = ("sjfb", "jfb", "multistep", "phantom", "implicit", "unroll")
@@ -32,8 +32,8 @@ class ModelConfig:
     num_core: int = option(1, "blocks in the shared group of the fixed point", least=1)
     num_post: int = option(1, "explicit blocks after the fixed point", least=0)
     time_in_pre_post: bool = option(False, "pre and post blocks see the timestep too")
-    injection: str = option("mlp", "how the iterate comes into the shared blocks", choices=("mlp", "gate"))
-    input_skip: bool = option(False, "what pre blocks return is added to what the MLP of the injection does")
+    injection: str = option("mlp", "how the iterate comes into the shared blocks", choices=INJECTIONS)
+    input_skip: bool = option(False, "what pre blocks return is added to what the injection's MLP returns")
     learned_variance: bool = option(True, "learn the variance, for DDPM sampling")
 
 
@@ -126,12 +126,14 @@ class Config:
 
     def with_fields(self, **changes: Any) -> "Config":
         """A copy with single fields changed, by their names. What only a fixed point network has goes back to its
-        default where the network becomes an explicit one.
+        default where the network becomes an explicit one, and what only an MLP has where the injection becomes a gate.
 
         Raises ValueError for an unknown field or a bad value."""
         homes = {name: group for group, name in field_names()}
         if changes.get("network") == "dit":
             changes = {**{name: getattr(groups()[homes[name]](), name) for name in FIXED_POINT_ONLY}, **changes}
+        if changes.get("injection") == "gate":
+            changes = {"input_skip": False, **changes}
         for name in changes:
             if name not in homes:
                 raise ValueError(unknown("field", name, homes))
@@ -167,9 +169,10 @@ CHANGEABLE = {
 
 
 # Settings of fixed point networks, and of how they are trained.
+FIXED_POINT_NETWORK = ("num_pre", "num_core", "num_post", "time_in_pre_post", "injection", "input_skip")
 FIXED_POINT_ONLY = (
-    "num_pre", "num_core", "num_post", "time_in_pre_post", "injection", "input_skip", "gradient", "no_grad_max",
-    "with_grad_max", "damping", "tolerance", "exit_loss", "exit_weight", "warm_share",
+    *FIXED_POINT_NETWORK, "gradient", "no_grad_max", "with_grad_max", "damping", "tolerance", "exit_loss",
+    "exit_weight", "warm_share",
 )  # fmt: skip
 
 

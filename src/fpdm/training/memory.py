@@ -214,7 +214,7 @@ class _WithoutData(FakeTensorMode):
         return self  # tensors hold their mode, and those of a copied network go with the others
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
             return True  # asked is only whether norms are unexceptional, as those of a real step are
         return super().__torch_dispatch__(func, types, args, kwargs)
 
