@@ -9,6 +9,7 @@ from torch._dynamo.utils import counters
 
 from fpdm import DiT, FixedPointDiT, FixedPointDiTPipeline, Solve, Tolerance, to_int8
 from fpdm.diffusion import make_schedule
+from fpdm.fixedpoint import Unroll
 from fpdm.models.int8 import BACKEND
 from tests.networks import SIZES, randomised
 
@@ -51,6 +52,14 @@ def test_neither_batch_nor_iterations_nor_stopping_compile_again(settings):
             found, wanted = compiled(*inputs(batch), **how), plain(*inputs(batch), **how)
             torch.testing.assert_close(found.sample, wanted.sample, rtol=1e-4, atol=1e-4)
             assert torch.equal(found.solution.iterations, wanted.solution.iterations)
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"input_skip": True}, {"injection": "gate"}], ids=str)
+def test_training_that_unrolls_compiles_no_more_where_solves_start_at_what_is_added(settings):
+    compiled = network(num_core=2, **settings)
+    compiled.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    compiled(*inputs(4), solve=Solve(gradient=Unroll(3))).sample.sum().backward()
     assert graphs() == 2
 
 
