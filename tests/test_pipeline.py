@@ -22,6 +22,7 @@ from PIL import Image
 from fpdm import DiT, FixedPointDiT, FixedPointDiTPipeline
 from fpdm.diffusion import make_schedule
 from fpdm.fixedpoint import Anderson, Picard
+from fpdm.models.int8 import to_int8
 from fpdm.sampling import REUSE, SCHEDULERS, SOLVERS, TunedPlan, image_generators, initial_noise
 from tests.networks import SIZES, randomised
 
@@ -103,8 +104,34 @@ def test_diffusers_has_nothing_to_say_about_a_folder_of_ours(tmp_path, caplog, m
 
 
 def test_a_folder_that_is_no_pipeline_is_refused(pipe, tmp_path):
-    with pytest.raises(OSError, match=r"no file named model_index\.json"):  # diffusers' own exception
+    with pytest.raises(ValueError, match=r"it has no model_index\.json"):
         FixedPointDiTPipeline.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="there is no folder"):
+        FixedPointDiTPipeline.from_pretrained(tmp_path / "nowhere")
+
+
+def test_names_mean_what_they_do_on_the_command_line(pipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pipe.save_pretrained("run/pipeline")
+    assert FixedPointDiTPipeline.from_pretrained("run").class_names == NAMES
+    (tmp_path / "fashion-mnist").mkdir()  # of data
+    assert "sneaker" in FixedPointDiTPipeline.from_pretrained("fashion-mnist").class_names
+
+
+def test_options_of_saving_reach_the_network(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path, variant="fp16")
+    weights = [path.name for path in (tmp_path / "transformer").glob("*.safetensors")]
+    assert weights == ["diffusion_pytorch_model.fp16.safetensors"]
+    again = FixedPointDiTPipeline.from_pretrained(tmp_path, variant="fp16")
+    assert torch.equal(pixels(again, 1, seed=2), pixels(pipe, 1, seed=2))
+
+
+def test_a_network_in_8_bits_leaves_no_folder_behind(tmp_path):
+    pipe = make_pipeline()
+    to_int8(pipe.transformer)
+    with pytest.raises(ValueError, match="a network in 8 bits cannot be saved"):
+        pipe.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("class_names", [NAMES, None], ids=["names", "no names"])
@@ -257,6 +284,17 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
     pipe([0], num_inference_steps=1, callback_on_step_end=lambda *args: handed.append(args[-1]),
          callback_on_step_end_tensor_inputs=[])  # fmt: skip
     assert handed == [{}]
+
+
+@pytest.mark.parametrize("latents", [torch.zeros(1, 1, 8, 8), np.zeros((2, 1, 8, 8))], ids=["one image", "array"])
+def test_what_a_callback_returns_must_fit(pipe, latents):
+    with pytest.raises(ValueError, match=r"callback_on_step_end returned latents .* tensor of \(2, 1, 8, 8\)"):
+        pipe([0, 1], num_inference_steps=2, callback_on_step_end=lambda *_: {"latents": latents})
+
+
+def test_latents_of_a_callback_may_be_in_half_precision(pipe):
+    halved = pixels(pipe, [0], callback_on_step_end=lambda *args: {"latents": args[-1]["latents"].half()})
+    assert halved.dtype == torch.float32
 
 
 def test_bfloat16_draws_nearly_the_same():
@@ -439,6 +477,22 @@ def test_a_model_that_was_not_tuned_says_how_to(pipe):
         pipe.tuned(80)
 
 
+def test_a_pipeline_of_the_parts_of_another_has_its_plans(tmp_path):
+    pipe = make_pipeline()
+    pipe.tuned_plans = (TunedPlan(40, (2, 2), "ddim", "plain", "picard", {}),)
+    assert FixedPointDiTPipeline.from_pipe(pipe).tuned_plans == pipe.tuned_plans
+
+
+@pytest.mark.parametrize("network", [FixedPointDiT, DiT])
+def test_a_network_may_be_compiled_as_a_whole(network):
+    pipe = make_pipeline(network, **({"depth": 2} if network is DiT else {}))
+    exact = pixels(pipe, [0, 2], seed=1)
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    torch.testing.assert_close(pixels(pipe, [0, 2], seed=1), exact, rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="compile_repeated_blocks"):
+        next(pipe.continuous([{"budget": 12}]))
+
+
 # Asked wrongly
 
 
@@ -480,6 +534,10 @@ def test_a_model_that_was_not_tuned_says_how_to(pipe):
         ({"guidance_share": 0.0}, r"in \(0, 1\]"),
         ({"scheduler": "heun", "num_inference_steps": 4}, "take 3 or 5"),
         ({"scheduler": "heun", "iterations": [2, 2]}, "take 1 or 3"),
+        ({"generator": 42}, "generator is 42; it must be a torch.Generator"),
+        ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
+        ({"seed": "0"}, "seed is '0'; it must be a whole number"),
+        ({"num_images": 2.5}, "num_images is 2.5; it must be a whole number"),
         pytest.param({"guidance_interval": (1, 2, 3)}, "guidance_interval"),
         pytest.param({"guidance_interval": ()}, "guidance_interval"),
     ],
@@ -531,6 +589,26 @@ def test_calls_at_once_return_what_they_return_alone(pipe, as_list):
         images, report = found[number] if isinstance(alone, tuple) else (found[number].images, found[number].report)
         torch.testing.assert_close(torch.as_tensor(images), torch.as_tensor(alone[0]), rtol=1e-3, atol=1e-3)
         assert report.spent == (alone[1] if isinstance(alone, tuple) else alone.report).spent
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one", "a list"])
+def test_calls_at_once_draw_from_generators_as_they_would_alone(pipe, several):
+    def generator():
+        made = [torch.Generator().manual_seed(n) for n in range(2)]
+        return made if several else made[0]
+
+    call = {"class_labels": [0, 1], "budget": 12, "output_type": "latent", "scheduler": "ddpm"}
+    ((_, found),) = pipe.continuous([{**call, "generator": generator()}])
+    torch.testing.assert_close(found.images, pipe(**call, generator=generator()).images, rtol=1e-3, atol=1e-3)
+
+
+def test_calls_at_once_draw_from_torchs_own_generator_as_they_would_alone(pipe):
+    call = {"class_labels": [0, 1], "budget": 12, "output_type": "latent"}
+    torch.manual_seed(4)
+    alone = pipe(**call).images
+    torch.manual_seed(4)
+    ((_, found),) = pipe.continuous([call])
+    torch.testing.assert_close(found.images, alone, rtol=1e-3, atol=1e-3)
 
 
 def test_a_list_of_calls_is_refused_whole_and_an_iterator_when_it_comes_to_it(pipe):

@@ -2,7 +2,8 @@
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,6 +88,8 @@ def generators_of(
     if given is not None and indices is not None:
         raise ValueError("image_indices go with a seed: leave the generator out")
     if given is not None and not isinstance(given, torch.Generator):
+        if not isinstance(given, Sequence) or not all(isinstance(one, torch.Generator) for one in given):
+            raise ValueError(f"generator is {given!r}; it must be a torch.Generator, or a list with one per image")
         if len(given) != count:
             raise ValueError(f"{len(given)} generators for {count} images: give one, or one per image")
         return list(given)
@@ -95,4 +98,36 @@ def generators_of(
     if seed is None:
         device = "cpu" if given is None else given.device
         seed = int(torch.randint(2**62, (1,), generator=given, device=device))
-    return image_generators(seed, range(count) if indices is None else indices)
+    return image_generators(whole("seed", seed), range(count) if indices is None else indices)
+
+
+@contextmanager
+def unmoved(given: Any) -> Iterator[None]:
+    """Draw from these generators, or from torch's own, and leave them as they were."""
+    listed = given if isinstance(given, Sequence) else [given]
+    generators = [one for one in listed if isinstance(one, torch.Generator)] or [torch.default_generator]
+    states = [one.get_state() for one in generators]
+    try:
+        yield
+    finally:
+        for one, state in zip(generators, states, strict=True):
+            one.set_state(state)
+
+
+def replacing(x: Tensor, latents: Any) -> Tensor | None:
+    """What a callback returned in place of `x` (B, C, H, W) float32, if anything. Raises ValueError where that cannot
+    be."""
+    if latents is None:
+        return None
+    if not isinstance(latents, Tensor) or latents.shape != x.shape:
+        what = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+        raise ValueError(f"callback_on_step_end returned latents {what}; they must be a tensor of {tuple(x.shape)}")
+    return latents.to(x)
+
+
+def whole(name: str, value: Any) -> int:
+    """Raises ValueError for what is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number") from None

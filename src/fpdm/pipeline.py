@@ -13,8 +13,17 @@ from diffusers.utils import BaseOutput, logging
 from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from fpdm.arguments import NO_GUIDANCE, asked_of_solves, generators_of, guidance_of, labels_of
-from fpdm.files import shipped
+from fpdm.arguments import (
+    NO_GUIDANCE,
+    asked_of_solves,
+    generators_of,
+    guidance_of,
+    labels_of,
+    replacing,
+    unmoved,
+    whole,
+)
+from fpdm.files import model_folder
 from fpdm.fixedpoint import Solver, Status
 from fpdm.models import Output
 
@@ -40,6 +49,7 @@ from fpdm.sampling import (
     load_plans,
     make_plan,
     nearest_plan,
+    original,
     save_plans,
     solver_of,
 )
@@ -90,14 +100,12 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
-        """Open a pipeline folder, a model inside the package, or a name on the hub. Options are diffusers'; nothing is
-        ever unpickled.
+        """Open a pipeline folder, a run, a model inside the package, or a name on the hub. Options are diffusers';
+        nothing is ever unpickled.
 
-        A folder whose files are missing or damaged raises OSError or ValueError.
+        A folder that is not there, or whose files are missing or damaged, raises OSError or ValueError.
         """
-        path = pretrained_model_name_or_path
-        if not Path(path).is_dir():
-            path = shipped().get(str(path), path)
+        path = model_folder(str(pretrained_model_name_or_path))
         if not Path(path).is_dir():  # diffusers downloads only what it has classes for, so the whole is fetched here
             options = ("cache_dir", "force_download", "local_files_only", "revision", "token")
             path = snapshot_download(
@@ -109,8 +117,16 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         pipe.tuned_plans = load_plans(Path(path))
         return pipe
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """diffusers' `from_pipe`, with the tuned plans."""
+        pipe: Self = super().from_pipe(pipeline, **kwargs)
+        pipe.tuned_plans = getattr(pipeline, "tuned_plans", ())
+        return pipe
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """diffusers' `save_pretrained`, and the tuned plans."""
+        """diffusers' `save_pretrained`, and the tuned plans. Raises ValueError for a network in 8 bits."""
+        self.transformer.check_savable()
         Path(save_directory).mkdir(parents=True, exist_ok=True)
         save_plans(Path(save_directory), self.tuned_plans)  # first: what follows may upload the folder
         super().save_pretrained(save_directory, **kwargs)
@@ -155,7 +171,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         if guidance.scale != 1.0 and labels is None:
             why = "this model is unconditional" if config.num_classes == 0 else "no class_labels are given"
             raise ValueError(f"{why}: there is nothing to guide towards. Leave guidance_scale at 1")
-        if isinstance(self.transformer, DiT) and solving:
+        solving = [*solving, *(["guidance_share"] if guidance.share != 1 else [])]
+        if isinstance(original(self.transformer), DiT) and solving:
             raise ValueError(f"an explicit DiT has no fixed point to solve: leave {', '.join(sorted(solving))} out")
         Stepper(self.scheduler, scheduler, plan.num_steps, config.learned_variance)
 
@@ -212,7 +229,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         tolerance            relative residual at which an image's solve stops; what it leaves over it may spend at its
                              later timesteps. None spends exactly what is planned
         pooled               whether what is left over is shared out over the batch; images then depend on their batch
-        guidance_scale       1 for none; above it, the network is evaluated twice (not counted in the budget)
+        guidance_scale       1 for none; above it, the network is evaluated twice (not counted in the budget). 0 is no
+                             "off" here: it draws without the class
         guidance_interval    the training timesteps (low, high) at which to guide; None for all
         guidance_channels    how many channels to guide; None for all. Published results of DiT guide 3 of 4
         guidance_share       iterations of the unconditional evaluation, as a share of the conditional one's
@@ -239,7 +257,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         solving = asked_of_solves(reuse, solver, tolerance, pooled)
         self.check_inputs(plan, labels, scheduler, guidance, output_type, callback_on_step_end_tensor_inputs, solving)
         count = (1 if num_images is None else num_images) if labels is None else len(labels)
-        Purse(count, tolerance, pooled)  # which refuses what cannot be
+        Purse(whole("num_images", count), tolerance, pooled)  # which refuses what cannot be
         generators = generators_of(generator, seed, image_indices, count)
         noise = self._noise(latents, generators)
 
@@ -253,7 +271,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                 returned = callback_on_step_end(self, index, t, handed) or {}
                 if extra := set(returned) - {"latents"}:
                     raise ValueError(f"callback_on_step_end returned {sorted(extra)}; it can only replace 'latents'")
-                return returned.get("latents")
+                return replacing(x, returned.get("latents"))
 
             x, report = yield from course(
                 self.transformer,
@@ -298,11 +316,16 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if hasattr(self.transformer, "_hf_hook"):
             raise ValueError("an offloaded network is called as a whole: draw its calls one after the other")
+        if original(self.transformer) is not self.transformer:
+            raise ValueError(
+                "this network was compiled as a whole: have `compile_repeated_blocks()` compile its blocks"
+            )
         bars = dict(getattr(self, "_progress_bar_config", {}))
         self.set_progress_bar_config(**{**bars, "disable": True})  # each call would show one
         try:
             for call in calls if isinstance(calls, Sequence) else ():
-                next(self.drawing(**call))
+                with unmoved(call.get("generator")):
+                    next(self.drawing(**call))
             yield from continuous((self.drawing(**call) for call in calls), batch_size)
         finally:
             self.set_progress_bar_config(**bars)

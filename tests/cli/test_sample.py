@@ -427,6 +427,14 @@ def test_tuned_plans_can_be_left_out(tuned, tmp_path, capsys):
     assert request["iterations"] is None
 
 
+def test_a_folder_begun_with_a_tuned_plan_is_not_gone_on_with_untuned(tuned, tmp_path, capsys):
+    out = tmp_path / "out"
+    begun = drawn(tuned, out, "--budget", "80", "--num-images", "2")[1]
+    assert sample(tuned, out, "--budget", "80", "--untuned", "--num-images", "3") != 0
+    assert "iterations" in capsys.readouterr().err
+    assert json.loads((out / "request.json").read_text()) == begun
+
+
 def test_a_folder_begun_before_tuning_is_gone_on_with_as_it_was_begun(models, tuned, tmp_path):
     out = tmp_path / "out"
     begun = drawn(models["looped"], out, "--budget", "80", "--num-images", "2")[1]

@@ -107,8 +107,35 @@ def test_what_was_loaded_is_told_if_asked(tmp_path):
     assert info["missing_keys"] == info["unexpected_keys"] == []
 
 
-def test_a_network_may_be_loaded_in_half_precision(tmp_path):
-    model, _ = saved(tmp_path)
-    half = FixedPointDiT.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
+@pytest.mark.parametrize(("network", "settings", "how"), NETWORKS)
+def test_a_network_that_is_loaded_in_half_precision_computes_as_one_that_was_moved_to_it(
+    network, settings, how, tmp_path
+):
+    model, _ = saved(tmp_path, network, **settings)
+    half = network.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    assert torch.equal(half.core.project.weight, model.core.project.weight.to(torch.bfloat16))
+    x, t = torch.randn(2, 1, 4, 4, generator=generator("x")), torch.tensor([3.0, 700.0])
+    assert torch.equal(half(x, t, **how).sample, model.to(torch.bfloat16)(x, t, **how).sample)
+
+
+def test_a_network_whose_weights_are_stored_in_8_bits_and_computed_in_32_draws_nearly_the_same(tmp_path):
+    model, _ = saved(tmp_path)
+    stored = FixedPointDiT.from_pretrained(tmp_path)
+    stored.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    x, t = torch.randn(2, 1, 4, 4, generator=generator("x")), torch.tensor([3.0, 700.0])
+    exact, near = (network(x, t, iterations=2).sample for network in (model, stored))
+    assert 0 < (near - exact).norm() < 0.2 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
+def test_networks_are_offloaded_by_leaves_and_not_by_blocks(kind, tmp_path):
+    model, _ = saved(tmp_path)
+    x, t = torch.randn(2, 1, 4, 4, generator=generator("x")), torch.tensor([3.0, 700.0])
+    exact, cpu = model(x, t, iterations=2).sample, torch.device("cpu")
+    options = {"onload_device": cpu, "offload_device": cpu, "offload_type": kind, "num_blocks_per_group": 1}
+    if kind == "block_level":
+        with pytest.raises(ValueError, match=r"offload_type is 'block_level'; .* by \"leaf_level\" only"):
+            model.enable_group_offload(**options)
+        return
+    model.enable_group_offload(**options)
+    torch.testing.assert_close(model(x, t, iterations=2).sample, exact)

@@ -77,6 +77,31 @@ def test_the_batch_is_no_larger_than_asked_and_courses_begin_when_there_is_room(
     assert sum(rows) == sum(2 * 2 + 1 + number % 3 + 2 for number in range(8))  # every evaluation was of use
 
 
+@pytest.mark.parametrize("images", [(7, 8), (*[1] * 7, 8), (8, 1, 8, 1), (3, 3, 3, 3, 3)])
+def test_calls_of_several_images_wait_until_they_fit(images):
+    rows, remove = count_rows(CALM)
+    together([request(10 * number, n, (1 + number % 3, 2)) for number, n in enumerate(images)], 8)
+    remove()
+    assert max(rows) <= 8
+
+
+def test_calls_that_grow_under_guidance_wait_until_they_fit():
+    late = Guidance(3.0, (0, 500))  # at the last timesteps only
+    rows, remove = count_rows(CALM)
+    asked = [request(number, iterations=(2, 1 + number % 2, 2), guidance=late) for number in range(8)]
+    for number, found in together(asked, 8):
+        assert_same(found, run(CALM, **asked[number]))
+    remove()
+    assert 8 in rows
+
+
+def test_a_call_that_is_larger_than_the_batch_is_alone_in_it():
+    rows, remove = count_rows(CALM)
+    together([request(0, 1), request(1, 5), request(6, 1)], 3)
+    remove()
+    assert max(rows) == 5
+
+
 def test_samples_that_finish_early_are_not_iterated_on():
     early, late = request(0, iterations=(1,)), request(1, iterations=(6,))
     rows, remove = count_rows(CALM)

@@ -451,6 +451,8 @@ def test_a_noise_schedule_given_as_a_table_reaches_every_scheduler():
         (schedule(), "ddimm", "Did you mean 'ddim'"),
         (PNDMScheduler(), None, "PNDMScheduler is not supported"),
         (DDPMScheduler(thresholding=True), None, "thresholding"),
+        (DDPMScheduler(variance_type="fixed_large"), None, "variance_type is 'fixed_large'"),
+        (UniPCMultistepScheduler(predict_x0=False), None, "predict_x0 is False"),
         (EulerDiscreteScheduler(use_karras_sigmas=True), None, "use_karras_sigmas"),
         (HeunDiscreteScheduler(use_karras_sigmas=True), "ddim", "use_karras_sigmas"),
         (UniPCMultistepScheduler(use_exponential_sigmas=True), None, "use_exponential_sigmas"),

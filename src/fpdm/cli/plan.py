@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.plot:
         needs("matplotlib", "plots")
-    if min(options.pre, options.core, options.post, options.batch_size) < 1:
-        raise ValueError("--pre, --core, --post and --batch-size must be at least 1")
+    if min(options.core, options.batch_size) < 1 or min(options.pre, options.post) < 0:
+        raise ValueError("--core and --batch-size must be at least 1, --pre and --post at least 0")
     if options.plot:
         check_writable(Path(options.plot).parent)
     folder = None if options.model is None else model_folder(options.model)
@@ -64,6 +64,7 @@ def run(options: argparse.Namespace) -> int:
         plan = plans[""]
         print("iterations from noise to image: " + ", ".join(str(n) for n in plan.iterations))
     if options.plot:
+        Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
         write_aside(Path(options.plot), lambda aside: draw(plans, aside))
         print(f"drawn: {options.plot}")
     return 0

@@ -149,7 +149,7 @@ def choices_of(options: argparse.Namespace, pipe: "FixedPointDiTPipeline") -> "C
     rest = {name: value for name, value in guidance.items() if value is not None}
     rest |= {"seed": options.seed, "pooled": options.pooled}
     wanted = DEFAULT_BUDGET if options.budget is None else options.budget
-    if not planned and (kept := begun(Path(options.out), (options.budget, wanted))):
+    if not planned and not options.untuned and (kept := begun(Path(options.out), (options.budget, wanted))):
         return Choices(**kept, **rest)
     scale = rest.get("guidance_scale", 1.0)
     tuned = nearest_plan(pipe.tuned_plans, wanted, scale)

@@ -8,7 +8,8 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
+from inspect import signature
 from typing import Any, Self
 
 import torch
@@ -82,11 +83,26 @@ class Denoiser(ModelMixin, ConfigMixin):
             raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its configuration: {listed}")
         return (model, info) if wants_info else model
 
+    @wraps(ModelMixin.save_pretrained, assigned=())  # a pipeline hands on what is in the signature
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """diffusers' `save_pretrained`. Raises ValueError for a network in 8 bits."""
+        self.check_savable()
+        super().save_pretrained(*args, **kwargs)
+
+    def check_savable(self) -> None:
+        """Raises ValueError for a network in 8 bits."""
         if any(weight.dtype.itemsize == 1 for weight in self.state_dict().values()):
             raise ValueError("a network in 8 bits cannot be saved: save the one that it was made from, and convert it")
-        super().save_pretrained(*args, **kwargs)
+
+    def enable_group_offload(self, onload_device: torch.device, *args: Any, **kwargs: Any) -> None:
+        """diffusers' `enable_group_offload`, by leaves. Raises ValueError for groups of blocks: a block's modulation is
+        computed before the block is called, once for all iterations, and its weights would not be there."""
+        bound = signature(ModelMixin.enable_group_offload).bind(self, onload_device, *args, **kwargs)
+        bound.apply_defaults()
+        kind = getattr(bound.arguments["offload_type"], "value", bound.arguments["offload_type"])
+        if kind != "leaf_level":
+            raise ValueError(f'offload_type is {kind!r}; these networks are offloaded by "leaf_level" only')
+        super().enable_group_offload(*bound.args[1:], **bound.kwargs)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
         """From now on store of each block, and of each iteration with gradient, the input only, and compute the rest
@@ -158,7 +174,8 @@ class Denoiser(ModelMixin, ConfigMixin):
     def _embed(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens (B, N, D), the embedding of t (B, D) and of y (B, D)."""
         x, t, y = self._checked(x, t, y)
-        return self.patch_embed(x.to(self.patch_embed.proj.weight.dtype)), self.time_embed(t), self.label_embed(y)
+        dtype = self.patch_embed.proj.weight.dtype  # this one is kept by what casts or quantises the linear layers
+        return self.patch_embed(x.to(dtype)), self.time_embed(t, dtype), self.label_embed(y)
 
     def _checked(self, x: Tensor, t: Tensor | float, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Images as they came, timesteps (B,) float32 and classes (B,). Raises ValueError for what does not fit."""

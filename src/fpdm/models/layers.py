@@ -40,8 +40,8 @@ class TimestepEmbedder(nn.Module):
         self.fc1 = nn.Linear(frequencies, width)
         self.fc2 = nn.Linear(width, width)
 
-    def forward(self, t: Tensor) -> Tensor:
-        features = timestep_frequencies(t, self.frequencies).to(self.fc1.weight.dtype)
+    def forward(self, t: Tensor, dtype: torch.dtype) -> Tensor:
+        features = timestep_frequencies(t, self.frequencies).to(dtype)
         return self.fc2(F.silu(self.fc1(features)))
 
 
@@ -56,7 +56,10 @@ class PatchEmbedder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # One token after the other in memory, too, as blocks return them.
         tokens = self.proj(x).flatten(2).transpose(1, 2).contiguous()  # (B, C, H, W) -> (B, N, D)
-        return tokens + self.positions  # float32 under autocast, and with it all that blocks add to
+        # A network that was loaded in half precision has its positions in float32 still, as they are no weights. Under
+        # autocast tokens are not of the weights' type, and become float32, and with them all that blocks add to.
+        is_cast = tokens.dtype != self.proj.weight.dtype
+        return tokens + (self.positions if is_cast else self.positions.to(tokens.dtype))
 
 
 class Attention(nn.Module):

@@ -13,7 +13,7 @@ from fpdm.sampling.budget import (
 )
 from fpdm.sampling.continuous import continuous
 from fpdm.sampling.guidance import Guidance
-from fpdm.sampling.operations import cost_of, operations_of, total
+from fpdm.sampling.operations import cost_of, operations_of, original, total
 from fpdm.sampling.profile import Profile, measure_profile
 from fpdm.sampling.report import Report
 from fpdm.sampling.reuse import REUSE, check_reuse
@@ -59,6 +59,7 @@ __all__ = [
     "measure_seconds",
     "nearest_plan",
     "operations_of",
+    "original",
     "sample",
     "save_plans",
     "solver_of",

@@ -7,6 +7,7 @@ its next timestep, or gives its room to another course.
 
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -66,14 +67,16 @@ class Mixed:
 
 @torch.no_grad()
 def continuous(courses: Iterable[Generator[Call, Output, R]], most: int) -> Iterator[tuple[int, R]]:
-    """Run courses of one network, in the order in which they come, with up to `most` samples in the batch; yields the
-    number of each course and what it returns, as they finish. Courses are begun when there is room for them.
+    """Run courses of one network, in the order in which they come, with up to `most` samples in the batch, or those of
+    one call if it has more; yields the number of each course and what it returns, as they finish. Courses are begun
+    when there is room. What a call takes is known once it is made: one that does not fit waits, and others behind it.
 
     Whatever a course raises is raised when those that are under way have finished; no other is begun then. So is
     ValueError for a network without iterations, and for a solver other than plain Picard iteration.
     """
     waiting, batch, failed = enumerate(courses), Batch(most), list[Exception]()
     answers: list[tuple[Visit, Output]] = []
+    calls: list[Visit] = []
 
     def called(number: int, course: Generator[Call, Output, R], answer: Output | None) -> Iterator[Visit]:
         """The next call of a course, unless it has none."""
@@ -86,7 +89,7 @@ def continuous(courses: Iterable[Generator[Call, Output, R]], most: int) -> Iter
 
     while True:
         finished: list[tuple[int, R]] = []
-        calls = [call for visit, output in answers for call in called(visit.number, visit.course, output)]
+        calls += [call for visit, output in answers for call in called(visit.number, visit.course, output)]
         yield from finished
         while not failed and batch.has_room(calls):
             try:
@@ -97,7 +100,9 @@ def continuous(courses: Iterable[Generator[Call, Output, R]], most: int) -> Iter
                 failed.append(error)
             else:
                 calls += called(number, course, None)
-        batch.admit(calls)
+        fitting = batch.fitting(calls)
+        batch.admit(calls[:fitting])
+        calls = calls[fitting:]
         if not batch.seats:
             break
         answers = batch.iterated()
@@ -117,7 +122,18 @@ class Batch:
 
     def has_room(self, calls: list[Visit]) -> bool:
         """Whether the batch, these calls included, has room for another."""
-        return len(self.seats) - len(self.free) + sum(len(visit.call.x) for visit in calls) < self.most
+        return self.taken + sum(len(visit.call.x) for visit in calls) < self.most
+
+    def fitting(self, calls: list[Visit]) -> int:
+        """How many of these calls there is room for, in their order; one, if nothing else is in the batch."""
+        ends = accumulate((len(visit.call.x) for visit in calls), initial=self.taken)
+        count = sum(end <= self.most for end in ends) - 1
+        return max(count, 1 if calls and not self.taken else 0)
+
+    @property
+    def taken(self) -> int:
+        """Seats, but for those that were left."""
+        return len(self.seats) - len(self.free)
 
     def admit(self, calls: list[Visit]) -> None:
         """Seat the samples of these calls, and close the batch up."""

@@ -11,7 +11,8 @@ from torch import Tensor
 class Guidance:
     """How far the prediction is moved from the unconditional one, and where.
 
-    scale     1 for none: the network is then evaluated once instead of twice
+    scale     1 for none: the network is then evaluated once instead of twice; above it away from the unconditional
+              prediction, 0 that prediction itself
     interval  the training timesteps, both ends included, at which to guide (Kynkaanniemi et al. 2024); elsewhere the
               network is evaluated once
     channels  how many channels of the prediction are guided; None for all. Published results of DiT guide three of four

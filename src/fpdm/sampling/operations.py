@@ -17,9 +17,15 @@ from fpdm.models import Denoiser, DiT
 from fpdm.sampling.budget import Cost, Plan
 
 
+def original(model: Denoiser) -> Denoiser:
+    """The network itself, of one that torch.compile has wrapped as a whole."""
+    inner: Any = getattr(model, "_orig_mod", model)
+    return inner  # type: ignore[no-any-return]
+
+
 def cost_of(model: Denoiser) -> Cost:
     """The block passes of one call of `model`."""
-    if isinstance(model, DiT):
+    if isinstance(original(model), DiT):
         return Cost(model.passes(), 0)
     one, two = model.passes(1), model.passes(2)
     return Cost(one - (two - one), two - one)
@@ -27,6 +33,7 @@ def cost_of(model: Denoiser) -> Cost:
 
 def operations_of(model: Denoiser) -> Cost:
     """The operations of one call of `model` for one image, as `cost_of` tells its block passes."""
+    model = original(model)
     config = {name: value for name, value in model.config.items() if not name.startswith("_")}
     return _counted(type(model), json.dumps(config, sort_keys=True))  # type: ignore[arg-type]
 

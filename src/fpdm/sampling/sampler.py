@@ -99,6 +99,7 @@ def course(
     y = torch.full((len(x),), model.null_class, device=x.device) if labels is None else labels.to(x.device)
     null = torch.full_like(y, model.null_class)
     carry, purse = Carry(reuse), Purse(len(x), tolerance, pooled)
+    costs = cost_of(model), operations_of(model)
     solutions: list[Solution | None] = []
 
     for index, (t, iterations) in enumerate(zip(stepper.timesteps, plan.iterations, strict=True)):
@@ -125,7 +126,6 @@ def course(
         torch.cuda.synchronize(x.device)
     seconds = time.perf_counter() - started
     guided_at = [guidance.at(t) for t in stepper.timesteps]
-    costs = cost_of(model), operations_of(model)
     return x, report_of(plan, *costs, stepper.timesteps, solutions, x, guided_at, purse, seconds)
 
 

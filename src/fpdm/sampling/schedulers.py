@@ -35,6 +35,7 @@ KINDS: dict[str, Any] = {
 SCHEDULERS = tuple(KINDS)
 UNSUPPORTED = ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
                "use_flow_sigmas")  # fmt: skip
+USABLE: dict[str, tuple[Any, ...]] = {"variance_type": (None, "fixed_small", "learned_range"), "predict_x0": (True,)}
 LEAST_SIGNAL = 1e-6  # alpha_bar at the noisiest timestep, below which Heun's first step, in units of 1 / it, is no use
 
 
@@ -165,6 +166,10 @@ def _settings(template: Any) -> dict[str, Any]:
 
 def _build(name: str, template: Any, learned_variance: bool, settings: dict[str, Any]) -> Any:
     config = template.config
+    for option, usable in USABLE.items():
+        if (value := config.get(option, usable[0])) not in usable:
+            allowed = " and ".join(map(repr, usable))
+            raise ValueError(f"the scheduler's {option} is {value!r}; those that are supported here: {allowed}")
     if name == "ddpm":
         variance = "learned_range" if learned_variance else "fixed_small"
         return DDPMScheduler(variance_type=variance, clip_sample=False, **settings)
