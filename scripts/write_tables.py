@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from itertools import product
 from math import inf, log
 from pathlib import Path
 from statistics import fmean, geometric_mean
@@ -224,7 +225,6 @@ class Distances:
     def __init__(self, path: str, way: str | None = None):
         result = json.loads((ROOT / path).read_text())
         self.titles: dict[str, str] = result["models"]
-        self.budgets: list[int] = reached(result, "budgets")
         self.found: dict[tuple[str, int], dict[int, float]] = {}
         self.operations: dict[tuple[str, int], float] = {}
         for label in self.titles:
@@ -232,6 +232,7 @@ class Distances:
             for budget, own in shown(points).items():
                 self.found[label, budget] = {p["seed"]: distance(p) for p in own}
                 self.operations[label, budget] = own[0]["operations"]
+        self.budgets = [b for b in reached(result, "budgets") if any(b == budget for _, budget in self.found)]
         commands = {t["model"]: t["command"] for t in result["trainings"]}
         self.explicit = [label for label in self.titles if "--network dit" in commands.get(label, "")]
         self.implicit = [label for label in self.titles if label in commands and label not in self.explicit]
@@ -277,12 +278,13 @@ def ratio(own: dict[int, float], its: dict[int, float]) -> str:
     return text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})"
 
 
-def ratios(path: str, label: str, *way: str) -> str:
-    """The Frechet distance of a model relative to each explicit network's."""
+def ratios(path: str, labels: str, others: str, *way: str) -> str:
+    """The Frechet distances of models relative to those of others, named by label and parted by commas."""
     table = Distances(path, *way)
-    lines = table.head(f"{table.titles[label]}, relative to")
-    for other in table.explicit:
-        lines.append(row([table.titles[other], *(table.ratio(label, other, budget) for budget in table.budgets)]))
+    lines = table.head("ratio of distances")
+    for label, other in product(labels.split(","), others.split(",")):
+        name = f"{table.titles[label]} / {table.titles[other]}"
+        lines.append(row([name, *(table.ratio(label, other, budget) for budget in table.budgets)]))
     return "\n".join(lines)
 
 

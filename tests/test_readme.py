@@ -23,9 +23,22 @@ def test_the_parts(text):
     exec(compile(code, "docs", "exec"), {})
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^):]+)\)", README))
-def test_links_within_the_repository_lead_somewhere(target):
-    assert (ROOT / target).exists()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LINKS = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^):]+)\)", page.read_text())]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS, ids=lambda part: part.name if isinstance(part, Path) else part)
+def test_links_within_the_repository_lead_somewhere(page, link):
+    target, _, section = link.partition("#")
+    there = page.parent / target if target else page
+    assert there.exists()
+    assert not section or section in sections(there.read_text())
+
+
+def sections(text):
+    """How the headings of a page are named in links."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
 
 
 def test_sampling(tmp_path, monkeypatch):

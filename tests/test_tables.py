@@ -156,18 +156,23 @@ def compared(tmp_path):
 
 
 def test_ratios_compare_trainings_of_one_seed_and_are_bold_where_all_are_below_one(tables, compared):
-    assert cells(tables.ratios(compared, "fpdm")) == [
-        ["FPDM, relative to", "24", "80"],
+    assert cells(tables.ratios(compared, "fpdm", "dit,dit-deep")) == [
+        ["ratio of distances", "24", "80"],
         ["---", "---", "---"],
-        ["DiT", "0.71 (0.50 to 1.00)", "1.50"],
-        ["deep DiT", "**0.35** (0.25 to 0.50)", ""],
+        ["FPDM / DiT", "0.71 (0.50 to 1.00)", "1.50"],
+        ["FPDM / deep DiT", "**0.35** (0.25 to 0.50)", ""],
     ]
+    pairs = [row[0] for row in cells(tables.ratios(compared, "fpdm,fpdm-large", "dit,dit-deep"))[2:]]
+    assert pairs == ["FPDM / DiT", "FPDM / deep DiT", "large FPDM / DiT", "large FPDM / deep DiT"]
 
 
 def test_one_way_of_drawing_can_be_compared(tables, compared):
     assert tables.best(compared, "UniPC") == tables.best(compared)
-    assert tables.ratios(compared, "fpdm", "UniPC") == tables.ratios(compared, "fpdm")
-    assert [row[1:] for row in cells(tables.ratios(compared, "fpdm", "DDIM"))[2:]] == [["", ""], ["", ""]]
+    both = "dit,dit-deep"
+    assert tables.ratios(compared, "fpdm", both, "UniPC") == tables.ratios(compared, "fpdm", both)
+    with_ddim = cells(tables.ratios(compared, "fpdm", both, "DDIM"))
+    assert with_ddim[0] == ["ratio of distances", "24"], "the other budget was not measured with it"
+    assert [row[1:] for row in with_ddim[2:]] == [[""], [""]]
 
 
 def test_the_best_of_either_kind_are_compared(tables, compared):

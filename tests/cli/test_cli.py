@@ -19,6 +19,7 @@ from fpdm.training import checkpoints
 from tests.commands import refused
 
 TINY = [
+    "--form", "1+1+1", "--no-grad-max", "2", "--with-grad-max", "2",
     "--hidden-size", "16", "--num-heads", "2", "--patch-size", "4", "--batch-size", "8", "--steps", "4",
     "--log-every", "2", "--checkpoint-every", "2", "--sample-every", "4", "--sample-budget", "12",
 ]  # fmt: skip
@@ -225,6 +226,36 @@ def test_sample_does_not_mix_requests_or_folders(model, tmp_path, capsys):
     (tmp_path / "album").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "album/me.png")
     assert "holds images already" in refused([*command[:-1], tmp_path / "album"], capsys)
+
+
+def resolved(*words):
+    config = train.resolve(make_parser().parse_args(["train", *words]))
+    return {**vars(config.model), **vars(config.gradient)}
+
+
+def test_a_form_says_which_blocks_there_are_and_how_they_are_trained():
+    between, shared = (resolved("images", "--form", form) for form in ("2+4+1", "0+4+0"))
+    blocks = ("num_pre", "num_core", "num_post", "no_grad_max", "with_grad_max", "warm_share")
+    assert [between[name] for name in blocks] == [2, 4, 1, 6, 6, 0.0]
+    assert [shared[name] for name in blocks] == [0, 4, 0, 0, 4, 0.5]
+    assert between["input_skip"] is between["time_in_pre_post"] is True
+    assert resolved("digits", "--form", "1+1+1", "--num-post", "2")["num_post"] == 2, "single fields override it"
+    gated = resolved("images", "--form", "0+3+0", "--injection", "gate")
+    assert (gated["injection"], gated["input_skip"]) == ("gate", False)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--form", "1-1-1"], "form is '1-1-1'; it must be explicit, shared .* like 1\\+1\\+1"),
+        (["--form", "1+0+1"], "form is '1\\+0\\+1'"),
+        (["--form", "1+1+1", "--network", "dit", "--depth", "3"], "an explicit network has --depth, and no --form"),
+        (["--form", "1+1+1", "--init-from", "folder"], "the model in folder has its form"),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        resolved("images", *words)
 
 
 @pytest.mark.parametrize("flag", ["--exit-loss", "--sharding", "--tracker"])

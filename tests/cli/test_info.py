@@ -12,6 +12,7 @@ from fpdm.cli.main import main
 from fpdm.fixedpoint import MultiStepJacobianFree, Solve
 from fpdm.models import DiT, FixedPointDiT
 from fpdm.recipes import recipe
+from fpdm.recipes.forms import form
 from fpdm.sampling import cost_of, make_plan, operations_of, total
 from fpdm.training.memory import stand_in, training_memory
 from tests.commands import refusal
@@ -36,7 +37,8 @@ def digits():
     """What is said of the digits, small: told once, looked at by several tests."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        assert main(["info", "digits", *map(str, SMALL), "--no-grad-max", "6", "--with-grad-max", "6"]) == 0
+        words = ["--form", "1+1+1", "--no-grad-max", "6", "--with-grad-max", "6"]
+        assert main(["info", "digits", *map(str, SMALL), *words]) == 0
     return said.getvalue()
 
 
@@ -58,8 +60,8 @@ def test_steps_cost_what_their_iterations_cost(digits):
 
 
 def test_steps_that_start_warm_cost_the_passes_before_them_too(capsys):
-    words = ["--num-pre", 0, "--num-core", 3, "--num-post", 0, "--no-grad-max", 0, "--with-grad-max", 3]
-    found = rows(info(capsys, "digits", *SMALL, *words, "--warm-share", 1), "a training step, per image")
+    said = info(capsys, "digits", *SMALL, "--form", "0+3+0", "--warm-share", 1)
+    found = rows(said, "a training step, per image")
     cost = operations_of(FixedPointDiT(8, 2, 1, 32, 2, num_pre=0, num_core=3, num_post=0, num_classes=10))
     assert found["most, cold"][-1] == f"{3 * cost.passes(1):.3g}"
     assert found["average, a share of 1 warm"] == [f"{4 * cost.passes(1):.3g}"]
@@ -76,7 +78,8 @@ def test_samples_are_those_that_would_be_drawn(digits):
 def test_memory_is_that_of_the_estimate(digits):
     found = rows(digits, "memory, 8 images")
     assert list(found) == ["mean", "mean, checkpointing", "most", "most, checkpointing"]
-    config = recipe("digits").with_fields(hidden_size=32, num_heads=2, batch_size=8, classes=10)
+    formed = recipe("digits").with_fields(**form("1+1+1"))
+    config = formed.with_fields(hidden_size=32, num_heads=2, batch_size=8, classes=10)
     memory = training_memory(config, stand_in(config.data), Solve(gradient=MultiStepJacobianFree(6, 6)))
     assert found["most"] == [f"{value / 1e6:.1f}" for value in vars(memory).values()]
     assert float(found["most, checkpointing"][4]) < float(found["mean"][4]) < float(found["most"][4])

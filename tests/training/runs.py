@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from fpdm.recipes import recipe
+from fpdm.recipes.forms import form
 from fpdm.training.config import Config
 from fpdm.training.loop import Trainer
 
@@ -18,9 +19,10 @@ TIMES = ("seconds", "images_per_second", "steps_per_second", "share_of_matrix_ra
 def tiny(**changes: Any) -> Config:
     settings = {
         "hidden_size": 16, "num_heads": 2, "patch_size": 4, "batch_size": 8, "steps": 10, "warmup": 3, "log_every": 4,
-        "checkpoint_every": 5, "sample_every": 100, "no_grad_max": 2, "with_grad_max": 2, "keep_checkpoints": 9,
+        "checkpoint_every": 5, "sample_every": 100, "keep_checkpoints": 9,
+        "no_grad_max": 2, "with_grad_max": 2,
     }  # fmt: skip
-    return recipe("digits").with_fields(**{**settings, **changes})
+    return recipe("digits").with_fields(**form("1+1+1")).with_fields(**{**settings, **changes})
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 
 from fpdm.fixedpoint import MultiStepJacobianFree, Solve
 from fpdm.recipes import recipe
+from fpdm.recipes.forms import form
 from fpdm.training.memory import Live, network, solves, stand_in, training_memory
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks/memory.py"
@@ -19,7 +20,7 @@ FLOAT = 4
 
 
 def tiny(**changes):
-    return recipe("digits").with_fields(**{**TINY, **changes})
+    return recipe("digits").with_fields(**form("1+1+1")).with_fields(**{**TINY, **changes})
 
 
 @cache

@@ -4,6 +4,7 @@
   fpdm train fashion_mnist --data DIR                   the four IDX files
   fpdm train images --data DIR --image-size 64 --model S/4
                                                         any folder of images, one folder per class or none
+  fpdm train images --data DIR --form 0+4+0             all blocks shared
 
   fpdm train imagenet256 --dry-run                      before the data is there: sizes, and one step in miniature
 
@@ -21,12 +22,15 @@ from fpdm.cli.processes import leave
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.files import check_writable
 from fpdm.recipes import RECIPES, recipe
+from fpdm.recipes.forms import form
 from fpdm.training.adopt import fields_of
 from fpdm.training.config import Config, groups, is_optional, value_type
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help=f"one of {', '.join(RECIPES)}")
+    parser.add_argument("--form", metavar="A+K+B", help="explicit, shared and explicit blocks, with the training that "
+                        "suits them, e.g. 1+1+1 or 0+4+0 (the recipe's); single fields below override it")  # fmt: skip
     parser.add_argument("--name", help="name of the run (default: the recipe's)")
     parser.add_argument("--dry-run", action="store_true", help="without the data: print sizes, try one narrow step")
     parser.add_argument("--runs-dir", default="runs", help="folder of all runs (default: runs)")
@@ -83,14 +87,27 @@ def dry(options: argparse.Namespace, config: Config) -> int:
 
 
 def resolve(options: argparse.Namespace) -> Config:
-    """The config: the recipe's, then what a model to fine-tune dictates, then what the command line says."""
+    """The config: the recipe's, then a form's fields or what a model to fine-tune dictates, then what the command line
+    says."""
     given = {name.removeprefix("field_"): value for name, value in vars(options).items() if name.startswith("field_")}
+    formed = formed_by(recipe(options.recipe), options.form, given)
     adopted = fields_of(given["init_from"]) if given.get("init_from") else {}
     for name, value in adopted.items():
         if name in given and given[name] != value:
             folder = given["init_from"]
             raise ValueError(f"{name} is {value} in {folder}, not {given[name]}: leave it or --init-from out")
-    return recipe(options.recipe).with_fields(**{**adopted, **given})
+    return formed.with_fields(**{**adopted, **given})
+
+
+def formed_by(config: Config, name: str | None, given: dict[str, Any]) -> Config:
+    """Raises ValueError where there can be no such form, or none at all."""
+    if name is None:
+        return config
+    if given.get("init_from"):
+        raise ValueError(f"the model in {given['init_from']} has its form: leave --form or --init-from out")
+    if given.get("network") == "dit":
+        raise ValueError("an explicit network has --depth, and no --form")
+    return config.with_fields(**form(name))
 
 
 def reader(kind: type) -> Callable[[str], Any]:

@@ -8,72 +8,70 @@ from typing import Any
 from fpdm.experiments.points import Axes
 from fpdm.experiments.table import Ground, Model, Table
 from fpdm.names import unknown
+from fpdm.recipes.forms import form
 
 BUDGETS = (24, 40, 80, 160, 560)
 FEW_BUDGETS = (24, 40, 80, 160)
 ITERATIONS = (1, 2, 3, 6)  # per timestep; among them each model finds its own at each budget
 FORMS = {"DDPM": "ddpm", "DDIM": "ddim", "DPM-Solver++": "dpm++", "UniPC": "unipc"}
 BEST = Axes(FEW_BUDGETS, ("unipc",), ITERATIONS)  # by the main table the best scheduler
-SIX = {"no_grad_max": 6, "with_grad_max": 6}  # groups of K blocks make these divided by K
-PAPER = {"time_in_pre_post": False, "input_skip": False, **SIX}  # it converges slower
+SIX: dict[str, Any] = {"no_grad_max": 6, "with_grad_max": 6}  # groups of K blocks make these divided by K
+GATE: dict[str, Any] = {"injection": "gate", "input_skip": False}  # it has the skip by itself
+PAPER: dict[str, Any] = {"time_in_pre_post": False, "input_skip": False, **SIX}  # it converges slower
 
 
-def looped(count: int, **changes: Any) -> dict[str, Any]:
-    """All blocks shared, and trained for the way that it draws: one pass through them at each timestep, which half of
-    the time goes on with the solution of a noisier one."""
-    fields = {"num_pre": 0, "num_core": count, "num_post": 0, "no_grad_max": 0, "with_grad_max": count}
-    return {**fields, "warm_share": 0.5, **changes}
+def formed(title: str, blocks: str = "1+1+1", **changes: Any) -> Model:
+    """A network of a form, with some fields changed."""
+    return Model(title, {**form(blocks), **changes})
 
 
 FULL, HALF, NEAREST = 8, 4, 3  # depths of the DiTs; the last one's parameters are nearest to FPDM's
 MODELS = {
-    "fpdm": Model("FPDM, 1+1+1"),
-    "fpdm-paper": Model("FPDM as in the paper", PAPER),
-    "fpdm-k2": Model("FPDM, 1+2+1", {"num_core": 2, **SIX}),
-    "fpdm-k4": Model("FPDM, 1+4+1", {"num_core": 4, **SIX}),
-    **{f"looped{count}": Model(f"FPDM, 0+{count}+0, half warm", looped(count)) for count in (NEAREST, HALF)},
-    **{f"gated{count}": Model(f"FPDM, 0+{count}+0, half warm, gate", looped(count, injection="gate"))
+    "fpdm": formed("FPDM, 1+1+1"),
+    "fpdm-paper": formed("FPDM as in the paper", **PAPER),
+    "fpdm-k2": formed("FPDM, 1+2+1", "1+2+1"),
+    "fpdm-k4": formed("FPDM, 1+4+1", "1+4+1"),
+    **{f"looped{count}": formed(f"FPDM, 0+{count}+0, half warm", f"0+{count}+0") for count in (NEAREST, HALF)},
+    **{f"gated{count}": formed(f"FPDM, 0+{count}+0, half warm, gate", f"0+{count}+0", **GATE)
        for count in (NEAREST, HALF)},
     **{f"dit{depth}": Model(f"DiT, {depth} blocks", {"network": "dit", "depth": depth})
        for depth in (NEAREST, HALF, FULL)},
 }  # fmt: skip
 
 FEWER = {
-    "fpdm-few": Model("FPDM, N = 1, M = 2", {"no_grad_max": 1, "with_grad_max": 2}),
-    "fpdm-warm": Model("FPDM, N = 0, M = 1, half warm", {"no_grad_max": 0, "with_grad_max": 1, "warm_share": 0.5}),
+    "fpdm-few": formed("FPDM, N = 1, M = 2", no_grad_max=1, with_grad_max=2),
+    "fpdm-warm": formed("FPDM, N = 0, M = 1, half warm", no_grad_max=0, with_grad_max=1, warm_share=0.5),
 }  # fewer iterations a step, and so more steps
 
 METHODS = {
-    "fpdm": Model("S-JFB, N = M = 3"),
-    "jfb": Model("JFB, 6 and 1", {"gradient": "jfb", "no_grad_max": 6}),
-    "multistep": Model("multi-step JFB, 3 and 3", {"gradient": "multistep"}),
-    "phantom": Model("phantom, 3 and 3", {"gradient": "phantom"}),
-    "implicit": Model("implicit, after 6", {"gradient": "implicit", "no_grad_max": 6}),
-    "unroll": Model("unrolled, 6", {"gradient": "unroll", "with_grad_max": 6}),
-    "exits": Model("S-JFB, exits on the target", {"exit_loss": "target"}),
-    "distilled": Model("S-JFB, exits on the final prediction", {"exit_loss": "final"}),
-    "warm": Model("S-JFB, half of the steps warm", {"warm_share": 0.5}),
-    "exits-warm": Model("S-JFB, exits on the target, half warm", {"exit_loss": "target", "warm_share": 0.5}),
-    "unroll-exits": Model(
-        "unrolled, 6, exits on the target", {"gradient": "unroll", "with_grad_max": 6, "exit_loss": "target"}
-    ),
-    "m1": Model("S-JFB, N = 3, M = 1", {"with_grad_max": 1}),
-    "m6": Model("S-JFB, N = 3, M = 6", {"with_grad_max": 6}),
-    "m12": Model("S-JFB, N = 3, M = 12", {"with_grad_max": 12}),
-    "n0-m6": Model("S-JFB, N = 0, M = 6", {"no_grad_max": 0, "with_grad_max": 6}),
-    "n6-m6": Model("S-JFB, N = M = 6", SIX),
+    "fpdm": formed("S-JFB, N = M = 3"),
+    "jfb": formed("JFB, 6 and 1", gradient="jfb", no_grad_max=6),
+    "multistep": formed("multi-step JFB, 3 and 3", gradient="multistep"),
+    "phantom": formed("phantom, 3 and 3", gradient="phantom"),
+    "implicit": formed("implicit, after 6", gradient="implicit", no_grad_max=6),
+    "unroll": formed("unrolled, 6", gradient="unroll", with_grad_max=6),
+    "exits": formed("S-JFB, exits on the target", exit_loss="target"),
+    "distilled": formed("S-JFB, exits on the final prediction", exit_loss="final"),
+    "warm": formed("S-JFB, half of the steps warm", warm_share=0.5),
+    "exits-warm": formed("S-JFB, exits on the target, half warm", exit_loss="target", warm_share=0.5),
+    "unroll-exits": formed("unrolled, 6, exits on the target", gradient="unroll", with_grad_max=6, exit_loss="target"),
+    "m1": formed("S-JFB, N = 3, M = 1", with_grad_max=1),
+    "m6": formed("S-JFB, N = 3, M = 6", with_grad_max=6),
+    "m12": formed("S-JFB, N = 3, M = 12", with_grad_max=12),
+    "n0-m6": formed("S-JFB, N = 0, M = 6", no_grad_max=0, with_grad_max=6),
+    "n6-m6": formed("S-JFB, N = M = 6", **SIX),
 }
 
 FORM = {
-    "fpdm-paper": Model("as in the paper", PAPER),
-    "time": Model("+ time in pre and post", {**PAPER, "time_in_pre_post": True}),
-    "skip": Model("+ skip", {**PAPER, "input_skip": True}),
-    "n6-m6": Model("+ both", SIX),
+    "fpdm-paper": formed("as in the paper", **PAPER),
+    "time": formed("+ time in pre and post", **{**PAPER, "time_in_pre_post": True}),
+    "skip": formed("+ skip", **{**PAPER, "input_skip": True}),
+    "n6-m6": formed("+ both", **SIX),
 }
 
 DEPTHS = {
-    "fpdm": Model("1 pre, 1 post"),
-    **{f"pre{pre}-post{post}": Model(f"{pre} pre, {post} post", {"num_pre": pre, "num_post": post})
+    "fpdm": formed("1 pre, 1 post"),
+    **{f"pre{pre}-post{post}": formed(f"{pre} pre, {post} post", f"{pre}+1+{post}")
        for pre, post in ((2, 1), (1, 2), (2, 2), (4, 4))},
 }  # fmt: skip
 
@@ -121,15 +119,11 @@ TABLES = {
 }
 
 GROUNDS = {
-    "digits": Ground("digits"),
+    "digits": Ground("digits", {"steps": 2800}),
     "fashion-mnist": Ground(
         "fashion_mnist", {"steps": 5000}, data="the folder of the four IDX files", split="test", seeds=(0,)
     ),
-    "cifar10": Ground(
-        "cifar10",
-        {"steps": 20_000, "no_grad_max": 3, "with_grad_max": 3},
-        data="an image folder, one folder per class",
-    ),
+    "cifar10": Ground("cifar10", {"steps": 20_000}, data="an image folder, one folder per class"),
 }
 
 

@@ -11,7 +11,8 @@ from fpdm.files import write_aside
 
 def markdown(result: Row, way: str | None = None) -> str:
     """The Frechet distance by model (or by way, where there is but one model) and budget: over trainings the mean, and
-    the smallest and largest. The lowest mean at each budget is bold. Rows of which nothing is measured are left out.
+    the smallest and largest. The lowest mean at each budget is bold. Rows and budgets of which nothing is measured are
+    left out.
 
     way  of drawing; None takes at each budget the one that was best when plans were chosen
     """
@@ -30,7 +31,9 @@ def as_text(result: Row) -> str:
 
 
 def table_rows(result: Row, way: str | None) -> tuple[list[str], list[list[str]]]:
-    budgets, lines = reached(result, "budgets"), list(lines_of(result, way))
+    lines = list(lines_of(result, way))
+    there = reached(result, "budgets")
+    budgets = [b for b in there if any(values.get(b) for _, _, values in lines)] or there
     means = [{b: mean(values[b]) for b in budgets if values.get(b)} for _, _, values in lines]
     least = {b: min((m[b] for m in means if b in m), default=None) for b in budgets}
     rows = []

@@ -1,3 +1,4 @@
+from fpdm.recipes.forms import form
 from fpdm.training.config import Config
 
 
@@ -17,11 +18,8 @@ def digits() -> Config:
         patch_size=2,
         prediction_type="v_prediction",
         beta_schedule="cosine",
-        time_in_pre_post=True,
-        input_skip=True,
-        no_grad_max=3,
-        with_grad_max=3,
-        steps=2800,
+        **form("0+3+0"),
+        steps=3700,
         batch_size=64,
         lr=1e-3,
         warmup=100,

@@ -1,3 +1,4 @@
+from fpdm.recipes.forms import form
 from fpdm.training.config import Config
 
 
@@ -15,10 +16,7 @@ def fashion_mnist() -> Config:
         patch_size=4,
         prediction_type="v_prediction",
         beta_schedule="cosine",
-        time_in_pre_post=True,
-        input_skip=True,
-        no_grad_max=3,
-        with_grad_max=3,
+        **form("0+4+0"),
         steps=10_000,
         batch_size=64,
         lr=1e-3,
