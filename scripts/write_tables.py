@@ -281,8 +281,10 @@ def ratio(own: dict[int, float], its: dict[int, float]) -> str:
 def ratios(path: str, labels: str, others: str, *way: str) -> str:
     """The Frechet distances of models relative to those of others, named by label and parted by commas."""
     table = Distances(path, *way)
+    pairs = list(product(labels.split(","), others.split(",")))
+    table.budgets = [b for b in table.budgets if any(table.ratio(*pair, b) for pair in pairs)]
     lines = table.head("ratio of distances")
-    for label, other in product(labels.split(","), others.split(",")):
+    for label, other in pairs:
         name = f"{table.titles[label]} / {table.titles[other]}"
         lines.append(row([name, *(table.ratio(label, other, budget) for budget in table.budgets)]))
     return "\n".join(lines)
