@@ -171,8 +171,7 @@ def test_one_way_of_drawing_can_be_compared(tables, compared):
     both = "dit,dit-deep"
     assert tables.ratios(compared, "fpdm", both, "UniPC") == tables.ratios(compared, "fpdm", both)
     with_ddim = cells(tables.ratios(compared, "fpdm", both, "DDIM"))
-    assert with_ddim[0] == ["ratio of distances", "24"], "the other budget was not measured with it"
-    assert [row[1:] for row in with_ddim[2:]] == [[""], [""]]
+    assert with_ddim[0] == ["ratio of distances"], "nothing to compare was measured with it, at any budget"
 
 
 def test_the_best_of_either_kind_are_compared(tables, compared):
