@@ -375,10 +375,39 @@ def test_a_flipped_byte_is_noticed_and_its_shard_named(vae, images, made, copy):
     with pytest.raises(ValueError, match=r"latents-00001\.safetensors is damaged.*again"):
         LatentFolder(copy)
     # What the message says helps.
-    (copy / "latents-00001.safetensors").unlink()
-    (copy / "latents.json").unlink()
     encode(images, vae, copy, mirrored=True)
     assert latents_in(copy) == latents_in(made)
+    assert LatentFolder(copy).fingerprint == LatentFolder(made).fingerprint
+
+
+@pytest.mark.parametrize(
+    "gone",
+    [("latents.json",), ("*.sha256",), (), ("*1.sha256", "latents.json")],
+    ids=["no index", "index of an older version", "both", "neither"],
+)
+def test_a_damaged_shard_is_encoded_again_and_never_taken_for_sound(gone, vae, images, made, copy):
+    for path in (path for name in gone for path in copy.glob(name)):
+        path.unlink()
+    flip_a_byte(copy / "latents-00001.safetensors")
+    kept = (copy / "latents-00000.safetensors").stat().st_mtime_ns
+    encode(images, vae, copy, mirrored=True)
+    assert LatentFolder(copy).fingerprint == LatentFolder(made).fingerprint
+    assert (copy / "latents-00000.safetensors").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("text", [b"", b"\xff\xfe", b"0" * 64 + b"  latents-00001.safetensors\n"])
+def test_a_shard_whose_checksum_is_damaged_is_encoded_again(text, vae, images, made, copy):
+    (copy / "latents-00001.sha256").write_bytes(text)
+    (copy / "latents.json").write_text("{")
+    encode(images, vae, copy, mirrored=True)
+    assert latents_in(copy) == latents_in(made)
+
+
+def test_a_checksum_is_kept_as_sha256sum_reads_it(made):
+    shard = made / "latents-00002.safetensors"
+    assert (
+        shard.with_suffix(".sha256").read_text() == f"{hashlib.sha256(shard.read_bytes()).hexdigest()}  {shard.name}\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from fpdm.weights import digest
 
 SHARD = 1024  # images
 NAME = "latents-{:05d}.safetensors"
+CHECKSUM = ".sha256"  # in the place of its suffix: the file that keeps what a shard was when it was made
 
 
 def open_autoencoder(name: str) -> tuple[AutoencoderKL, Autoencoder]:
@@ -101,8 +102,9 @@ class Encoder:
         write_json(path, self.request)
 
     def missing(self) -> list[int]:
-        """The shards that are not there yet. Where several processes work, all ask before one begins."""
-        return [number for number in self.shards if not self._is_done(number)]
+        """The shards that are not there yet, or damaged. Where several processes work, all ask before one begins."""
+        checksums = self._checksums()
+        return [number for number in self.shards if not self._is_done(number, checksums)]
 
     @torch.no_grad()
     def run(self, missing: list[int] | None = None) -> None:
@@ -115,11 +117,13 @@ class Encoder:
             # One entry, as safetensors writes several in any order, and equal shards are to be equal files.
             about = {"about": json.dumps({"request": self.request, "broken": broken}, sort_keys=True)}
             write_aside(path, lambda aside: save_file(tensors, aside, about))  # noqa: B023
+            line = f"{checksum(path)}  {path.name}\n"  # as sha256sum reads it
+            write_aside(path.with_suffix(CHECKSUM), lambda aside: aside.write_text(line))  # noqa: B023
             self.on_image(len(images))
 
     def finish(self) -> list[str]:
         """Write the index. One process calls it, once all are done; the images that could not be read."""
-        shards, labels, broken, shape = [], [], [], []
+        shards, labels, broken, shape, checksums = [], [], [], [], self._checksums()
         for number in self.shards:
             path = self.out / NAME.format(number)
             with safe_open(path, "pt") as file:
@@ -127,7 +131,7 @@ class Encoder:
                 shape = file.get_slice("mean").get_shape()[1:]
                 broken += json.loads(file.metadata()["about"])["broken"]
             labels += found
-            shards.append({"file": path.name, "images": len(found), "sha256": checksum(path)})
+            shards.append({"file": path.name, "images": len(found), "sha256": checksums[path.name]})
         if not labels:
             raise ValueError(f"none of the images can be read: {'; '.join(broken[:3])}")
         index = {
@@ -143,10 +147,23 @@ class Encoder:
         write_json(self.out / INDEX, index)
         return broken
 
-    def _is_done(self, number: int) -> bool:
-        with suppress(OSError, SafetensorError), safe_open(self.out / NAME.format(number), "pt") as file:
+    def _is_done(self, number: int, checksums: dict[str, str]) -> bool:
+        path = self.out / NAME.format(number)
+        if not path.is_file() or checksum(path) != checksums.get(path.name):
+            return False
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get("about", "{}")).get("request") == self.request
         return False
+
+    def _checksums(self) -> dict[str, str]:
+        """What each shard was when it was made, by its name: as the file beside it says, or else an earlier index."""
+        kept: dict[str, str] = {}
+        with suppress(OSError, ValueError, KeyError, TypeError):  # a damaged index: its shards are encoded again
+            kept = {shard["file"]: shard["sha256"] for shard in read_json(self.out / INDEX)["shards"]}
+        for path in self.out.glob(f"latents-*{CHECKSUM}"):
+            digest, _, name = path.read_text(errors="replace").strip().partition("  ")
+            kept[name] = digest
+        return kept
 
     def _encoded(self, numbers: range) -> tuple[dict[str, Tensor], list[str]]:
         """The tensors of a shard, and the images that could not be read."""

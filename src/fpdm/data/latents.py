@@ -4,6 +4,7 @@ posterior, so that training draws from it anew each time.
     FOLDER/latents.json               the autoencoder, the classes, the images, the shards and their checksums
     FOLDER/latents-00000.safetensors  mean and std (N, C, h, w) float16, labels (N,), and of mirrored images
                                       mirrored_mean and mirrored_std
+    FOLDER/latents-00000.sha256       the checksum of that shard from when it was made
 """
 
 import hashlib
@@ -136,8 +137,8 @@ class LatentFolder:
                 found[path.name] = [stat.st_size, stat.st_mtime_ns]
                 if known.get(path.name) != found[path.name] and checksum(path) != shard["sha256"]:
                     raise ValueError(
-                        f"{path} is damaged: it is not what was written. Remove it and {INDEX}, and run the same "
-                        "`fpdm latents` again"
+                        f"{path} is damaged: it is not what was written. Run the same `fpdm latents` again, which "
+                        "encodes it anew"
                     )
             if found != known:
                 write_json(record, found)
