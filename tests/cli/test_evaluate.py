@@ -12,6 +12,7 @@ from PIL import Image
 from fpdm.cli.main import main
 from fpdm.data import digits, write_npz
 from fpdm.evaluation import Evaluation
+from fpdm.evaluation.extractors import classifier
 from fpdm.files import cache_folder
 from fpdm.pipeline import FixedPointDiTPipeline
 from tests.commands import refusal
@@ -215,6 +216,27 @@ def test_an_interrupt_is_told_and_the_command_goes_on(evaluated, model, tmp_path
     assert kept(tmp_path / "out")["evaluation"] == kept(evaluated)["evaluation"]
 
 
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Coloured images with classes, in a folder."""
+    place = tmp_path_factory.mktemp("photographs")
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (120, 8, 8, 3), np.uint8)):
+        (place / str(i % 2)).mkdir(exist_ok=True)
+        Image.fromarray(image).save(place / f"{i % 2}/{i}.png")
+    return place
+
+
+def test_grey_samples_and_models_are_measured_against_coloured_images_in_grey(
+    model, evaluated, folder, photographs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(classifier, "MOST_STEPS", 5)
+    shutil.copytree(evaluated, tmp_path / "of-model")
+    for place, out in ((folder, "of-samples"), (model, "of-model")):
+        drawing = DRAWING if place == model else []
+        assert main(["evaluate", str(place), "--data", str(photographs), "--out", out, *drawing]) == 0
+        assert kept(tmp_path / out)["evaluation"]["identity"]["preprocessing"]["channels"] == 1
+
+
 # What it refuses
 
 
@@ -228,8 +250,6 @@ def others(tmp_path_factory, cache):
     (place / "weights.safetensors").write_text("none")
     (place / "empty").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        from fpdm.evaluation.extractors import classifier
-
         patch.setattr(classifier, "MOST_STEPS", 5)
         arguments = ["--data", place / "some.npz", "--statistics", place / "some.safetensors"]
         assert evaluate(place / "samples.npz", *arguments) == 0

@@ -125,6 +125,8 @@ def test_a_sweep_says_where_its_report_is(models, tmp_path, capsys):
         (["looped={plain}"], "two models are called looped"),
         (["{larger}"], "the models draw images of different sizes, which one sweep cannot compare: "
                        "{{'looped': 8, 'larger': 16}}"),
+        (["{coloured}"], "the models draw grey and coloured images, which one sweep cannot compare: "
+                         "{{'looped': 1, 'coloured': 3}}"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )  # fmt: skip
@@ -132,7 +134,8 @@ def test_what_cannot_be_is_refused_and_nothing_is_left_behind(
     arguments, message, models, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    names = {**models, "larger": save_pipeline(tmp_path / "larger", sample_size=16)}
+    others = {"larger": {"sample_size": 16}, "coloured": {"in_channels": 3}}
+    names = models | {name: save_pipeline(tmp_path / name, **changes) for name, changes in others.items()}
     arguments = [argument.format(**names) for argument in arguments]
     said = refused(models["looped"], *arguments, out="out", captured=capsys)
     assert message.format(**names) in said

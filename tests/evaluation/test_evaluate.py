@@ -373,6 +373,42 @@ def test_statistics_in_the_cache_do_not_meet(projected, tmp_path):
     assert [instrument.size for instrument in opened] == [8, 10, 8, 10]
 
 
+def saved_folder(path, images, labels=None):
+    for i, image in enumerate(images):
+        folder = path if labels is None else path / str(labels[i])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    return str(path)
+
+
+def test_grey_samples_are_measured_against_real_images_in_grey(tmp_path, monkeypatch):
+    """Those of a model that was trained with --channels 1 on coloured images."""
+    monkeypatch.setitem(EXTRACTORS, "projection", lambda weights, device: Projection())
+    coloured = noise_source(300, channels=3).images
+    grey = [np.asarray(Image.fromarray(image).convert("L")) for image in coloured]
+    data, samples = saved_folder(tmp_path / "data", coloured), open_samples(saved_folder(tmp_path / "samples", grey))
+    opened = Instrument.open(data, 8, channels=samples.channels, features="projection", cache=tmp_path / "cache")
+    found = measured(opened, samples)
+    assert found["FD-projection"].value == pytest.approx(0, abs=1e-6)
+    assert found["precision"].value > 0.9
+    assert found["near copies"].value == 1
+
+
+def test_statistics_and_classifiers_in_grey_and_in_colour_do_not_meet(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "MOST_STEPS", 5)
+    data = saved_folder(tmp_path / "data", DIGITS.images[SHOWN], DIGITS.labels[SHOWN])
+    for channels in (3, 1):
+        opened = Instrument.open(data, 8, channels=channels, features="classifier", cache=tmp_path / "cache")
+        assert opened.source.channels == opened.extractor.header["channels"] == channels
+    assert len(list((tmp_path / "cache").glob("statistics-*.safetensors"))) == 2
+
+
+def test_a_folder_of_tiny_grey_images_is_seen_by_the_classifier(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "MOST_STEPS", 5)
+    data = saved_folder(tmp_path / "data", DIGITS.images[SHOWN], DIGITS.labels[SHOWN])
+    assert Instrument.open(data, 8, channels=1, cache=tmp_path / "cache").extractor.name == "classifier"
+
+
 def write_idx(folder, split, numbers):
     for part, array in (("images-idx3", DIGITS.images[numbers]), ("labels-idx1", DIGITS.labels[numbers])):
         header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)

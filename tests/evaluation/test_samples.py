@@ -56,6 +56,15 @@ def test_only_so_many_of_a_folder_that_was_drawn(tmp_path):
     assert samples.labels(["a", "b"]) == [1, 0] * (LEAST // 2)
 
 
+def test_samples_are_grey_however_they_are_stored(tmp_path):
+    as_rgb = np.repeat(GREY[..., None], 3, axis=3)
+    one_coloured = np.concatenate([as_rgb[:-1], COLOURED[:1]])
+    places = {1: (GREY, as_rgb), 3: (COLOURED, one_coloured)}
+    for channels, sets in places.items():
+        for i, images in enumerate(sets):
+            assert open_samples(album(tmp_path / f"{channels}-{i}", images)).channels == channels
+
+
 def test_a_lost_image_does_not_shift_the_classes(tmp_path):
     folder = drawn(tmp_path, classes=[0, 1, 2], class_names=["a", "b", "c"])
     (folder / "000001.png").unlink()

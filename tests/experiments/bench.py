@@ -21,8 +21,8 @@ instrument_for, load_pipeline = sweep.instrument_for, lru_cache(sweep.load_pipel
 
 
 @lru_cache
-def instrument_of(data: str, size: int) -> Instrument:
-    return instrument_for(Settings(data, device="cpu"), size)
+def instrument_of(data: str, size: int, channels: int) -> Instrument:
+    return instrument_for(Settings(data, device="cpu"), size, channels)
 
 
 class Bench:
@@ -71,7 +71,7 @@ def make_bench(patch: pytest.MonkeyPatch) -> Bench:
     bench = Bench()
     patch.setattr(sweep, "measure_point", bench.measure_point)
     patch.setattr(sweep, "load_pipeline", load_pipeline)
-    patch.setattr(sweep, "instrument_for", lambda settings, size: instrument_of(settings.data, size))
+    patch.setattr(sweep, "instrument_for", lambda settings, *shape: instrument_of(settings.data, *shape))
     quiet_libraries()
     return bench
 

@@ -81,7 +81,7 @@ def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str,
     from fpdm.machine import made_with
 
     samples = open_samples(path)
-    instrument = open_instrument(options, samples.size)
+    instrument = open_instrument(options, samples.size, samples.channels)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     result = instrument.measure(samples, None if out is None else picture_in(out, instrument.extractor.name))
@@ -105,7 +105,7 @@ def evaluate_model(options: argparse.Namespace, out: Path | None) -> dict[str, A
     from fpdm.machine import made_with
 
     pipe = load_pipeline(folder, options.device, options.dtype)
-    instrument = open_instrument(options, side_of(pipe))
+    instrument = open_instrument(options, side_of(pipe), channels_of(pipe))
     instrument.check(channels_of(pipe))
     report = draw(options)
     samples = open_samples(out, options.num_images)
@@ -119,13 +119,14 @@ def evaluate_model(options: argparse.Namespace, out: Path | None) -> dict[str, A
     }
 
 
-def open_instrument(options: argparse.Namespace, size: int) -> "Instrument":
+def open_instrument(options: argparse.Namespace, size: int, channels: int) -> "Instrument":
     from fpdm.devices import pick_device
     from fpdm.evaluation import Instrument
 
     return Instrument.open(
         options.data,
         size,
+        channels=channels,
         split=options.split,
         features=options.features,
         weights=options.weights,

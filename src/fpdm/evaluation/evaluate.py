@@ -58,6 +58,7 @@ class Instrument:
         data: str,
         size: int,
         *,
+        channels: int = 3,
         split: str = "train",
         features: str | None = None,
         weights: str | None = None,
@@ -69,18 +70,19 @@ class Instrument:
         """Open the real images and the network, and have the statistics: read, or computed and kept.
 
         data        see `open_images`
+        channels    of the samples, as which image files are read: 1 (grey) or 3 (RGB)
         features    name of an extractor; None takes the classifier for tiny grey images with classes, else
                     EfficientNet-Lite0
         statistics  file of the real images' statistics; None for one in `cache`
 
         Raises ValueError for what is unknown, missing, or does not fit together; ImportError for a missing package.
         """
-        source = open_images(data, split=split)
+        source = open_images(data, channels, split)
         check_count(len(source), data)
         features = features or default_features(source, size)
         path = None if statistics is None else Path(statistics)
         check_writable(cache if path is None else path.parent)
-        learned_from = open_images(data) if features == "classifier" and split != "train" else source
+        learned_from = open_images(data, channels) if features == "classifier" and split != "train" else source
         extractor = make_extractor(features, weights, device, learned_from, size, cache)
         if remake := path is None:
             identity = json.dumps(identity_of(source, size, extractor), sort_keys=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,14 @@ class Samples:
         image = pixels(self.source.load(index)[0])
         if len(image) == channels:
             return image
-        if len(image) == 3 and not ((image[0] == image[1]) & (image[1] == image[2])).all():
+        if not is_grey(image):
             raise ValueError(f"the samples are in colour (number {index} is) and the real images are grey")
         return image[:1].expand(channels, -1, -1)
+
+    @cached_property
+    def channels(self) -> int:
+        """1 where all images are grey, however they are stored, else 3."""
+        return 1 if all(is_grey(pixels(self.source.load(index)[0])) for index in range(len(self))) else 3
 
     @property
     def diverged(self) -> int:
@@ -66,6 +72,11 @@ class Samples:
         """Parts (B, channels, size, size) of all images, in order."""
         for start in range(0, len(self), size):
             yield torch.stack([self.load(i, channels) for i in range(start, min(len(self), start + size))])
+
+
+def is_grey(image: Tensor) -> bool:
+    """Whether all channels of an image (C, H, W) are equal."""
+    return bool((image == image[:1]).all())
 
 
 class DrawnFolder:

@@ -73,7 +73,7 @@ def run_points(
     size, channels = shape_of(points)
     check_claim(out, settings, points)
     # Before several processes want them, the statistics of the real images are there.
-    instrument = instrument_for(settings, size)
+    instrument = instrument_for(settings, size, channels)
     instrument.check(channels)
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
@@ -103,13 +103,16 @@ def compute_missing(
 
 
 def shape_of(points: list[Point]) -> tuple[int, int]:
-    """Side and channels of all models' images. Raises ValueError if their sizes differ."""
+    """Side and channels of all models' images. Raises ValueError if they differ."""
     folders = {point.label: point.folder for point in points}
     pipes = {label: load_pipeline(folder, "cpu", "float32") for label, folder in folders.items()}
     sizes = {label: side_of(pipe) for label, pipe in pipes.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the models draw images of different sizes, which one sweep cannot compare: {sizes}")
-    return next(iter(sizes.values())), max(map(channels_of, pipes.values()))
+    channels = {label: channels_of(pipe) for label, pipe in pipes.items()}
+    if len(set(channels.values())) > 1:
+        raise ValueError(f"the models draw grey and coloured images, which one sweep cannot compare: {channels}")
+    return next(iter(sizes.values())), next(iter(channels.values()))
 
 
 def check_claim(out: Path, settings: Settings, points: list[Point]) -> dict[str, Any]:
@@ -234,7 +237,7 @@ def measure_point(
     classes = list(range(pipe.transformer.config.num_classes)) or None
     report = draw_missing(pipe, drawing, settings.num_images, classes, settings.batch_size, choices, on_batch)
     samples = open_samples(drawing, settings.num_images)
-    evaluation = instrument_for(settings, samples.size).measure(samples, progress=False)
+    evaluation = instrument_for(settings, samples.size, channels_of(pipe)).measure(samples, progress=False)
     shutil.copyfile(drawing / "grid.png", out / "grids" / f"{point.key}.png")
     return {
         "model": point.label,
@@ -273,10 +276,11 @@ def pipeline_for(folder: str, weights: str, device: str, dtype: str) -> FixedPoi
 
 
 @lru_cache(maxsize=1)
-def instrument_for(settings: Settings, size: int) -> Instrument:
+def instrument_for(settings: Settings, size: int, channels: int) -> Instrument:
     return Instrument.open(
         settings.data,
         size,
+        channels=channels,
         split=settings.split,
         features=settings.features,
         weights=settings.weights,

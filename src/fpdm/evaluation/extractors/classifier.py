@@ -104,12 +104,12 @@ class Classifier:
             )
         if weights is not None:
             return cls.load(Path(weights), source, size, device)
-        kept = cache / f"classifier-{size}-{source.fingerprint[:16]}.safetensors"
+        # The fingerprint of a folder is the same in grey and in colour.
+        wanted = {"data": source.fingerprint, "size": size, "channels": source.channels}
+        kept = cache / f"classifier-{size}-{source.channels}-{source.fingerprint[:16]}.safetensors"
         with as_file(files("fpdm.evaluation") / "classifiers") as carried:
             for path in (*sorted(carried.glob("*.safetensors")), kept):
-                if path.is_file() and (read_header(path)["data"], read_header(path)["size"]) == (
-                    source.fingerprint, size
-                ):  # fmt: skip
+                if path.is_file() and wanted.items() <= read_header(path).items():
                     return cls.load(path, source, size, device)
         with wait_for(kept):
             if kept.is_file():  # another process made it
