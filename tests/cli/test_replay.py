@@ -1,5 +1,7 @@
 """`fpdm replay`: the images, timesteps and losses of a step that was trained."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -84,11 +86,46 @@ def test_every_kind_of_run_can_be_replayed(changes, tmp_path):
     assert len(replay(tmp_path / "run", 1).rows) == 8
 
 
-def test_broken_images_are_named(tmp_path):
-    data = tmp_path / "data/cat"
-    data.mkdir(parents=True)
+def reds(folder, shift=0):
+    (folder / "cat").mkdir(parents=True)
     for i in range(8):
-        Image.new("RGB", (8, 8), (30 * i, 0, 0)).save(data / f"{i}.png")
+        Image.new("RGB", (8, 8), (30 * i + shift, 0, 0)).save(folder / f"cat/{i}.png")
+    return folder
+
+
+def test_a_fine_tuned_run_has_the_weights_of_its_model_at_the_start(run, tmp_path):
+    model = shutil.copytree(run / "pipeline", tmp_path / "model")
+    settings = {"log_every": 1, "checkpoint_every": 2, "ema": 0.0, "init_from": str(model), "steps": 3}
+    Trainer(tiny(**settings), tmp_path / "run").run()
+    lines, found = log_of(tmp_path / "run"), replay(tmp_path / "run", 0)
+    assert found.weights is None
+    assert np.mean([row.mse for row in found.rows]) == pytest.approx(lines[0]["mse"], rel=1e-4)
+    shutil.rmtree(model)
+    with pytest.raises(ValueError, match=r"began with the model .*before its oldest checkpoint: put the model back"):
+        replay(tmp_path / "run", 0)
+    assert replay(tmp_path / "run", 2).weights == 2
+
+
+def test_other_images_than_the_runs_are_refused(tmp_path):
+    data, other = reds(tmp_path / "data"), reds(tmp_path / "other", shift=1)
+    Trainer(tiny(source="folder", data=str(data), channels=3, steps=1), tmp_path / "run").run()
+    with pytest.raises(ValueError, match=r"the images in .*other are not those of the run"):
+        replay(tmp_path / "run", 0, str(other))
+
+
+def test_weights_that_are_older_than_the_step_are_said_to_be(tmp_path, capsys):
+    Trainer(tiny(checkpoint_every=4, steps=8), tmp_path / "run").run()
+    said = {}
+    for step in (0, 3, 4, 6):
+        assert main(["replay", str(tmp_path / "run"), "--step", str(step)]) == 0
+        said[step] = capsys.readouterr().out.splitlines()[0]
+    assert "at the start, 3 steps older: the losses are not the run's own;" in said[3]
+    assert "of the checkpoint of step 4, 2 steps older:" in said[6]
+    assert not any("older" in said[step] for step in (0, 4))
+
+
+def test_broken_images_are_named(tmp_path):
+    data = reds(tmp_path / "data") / "cat"
     (data / "5.png").write_bytes(b"broken")
     Trainer(tiny(source="folder", data=str(data.parent), channels=3, steps=1), tmp_path / "run").run()
     assert ["5.png" in name for name in replay(tmp_path / "run", 0).broken] == [True]

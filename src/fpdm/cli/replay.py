@@ -38,7 +38,9 @@ def run(options: argparse.Namespace) -> int:
 
     found = replay(folder, options.step, options.data)
     with_weights = "at the start" if found.weights is None else f"of the checkpoint of step {found.weights}"
-    print(f"step {options.step}, with the weights {with_weights}; worst first")
+    older = options.step - (found.weights or 0)
+    apart = f", {older} step{'s' * (older > 1)} older: the losses are not the run's own" if older else ""
+    print(f"step {options.step}, with the weights {with_weights}{apart}; worst first")
     print(f"{'slot':>6} {'class':>6} {'timestep':>9} {'loss':>10} {'mse':>10}")
     rows = sorted(found.rows, key=lambda row: -row.loss if row.loss == row.loss else float("-inf"))
     for row in rows[:MOST]:

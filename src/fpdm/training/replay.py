@@ -9,7 +9,7 @@ from PIL import Image
 from fpdm.data import Slots, Stream, image_of
 from fpdm.files import read_json
 from fpdm.training import checkpoints
-from fpdm.training.build import Parts, build
+from fpdm.training.build import Parts, build, load_pretrained
 from fpdm.training.config import Config
 
 
@@ -39,22 +39,39 @@ def replay(run: Path, step: int, data: str | None = None) -> Replay:
 
     data  where the images are now, if they have moved
 
-    Raises ValueError for a folder that is no run, or a step that it does not have.
+    Raises ValueError for a folder that is no run, a step that it does not have, other images, or a model to fine-tune
+    that is gone where the weights at the start are asked for.
     """
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} is not a run: it has no config.json")
-    config = Config.from_dict(read_json(run / "config.json"))
-    config = config.with_fields(init_from=None, device="cpu", **({} if data is None else {"data": data}))
+    kept = read_json(run / "config.json")
+    config = Config.from_dict(kept).with_fields(device="cpu", **({} if data is None else {"data": data}))
     if not 0 <= step < config.optimizer.steps:
         raise ValueError(f"step {step} is none of this run's, 0 to {config.optimizer.steps - 1}")
-    parts = build(config)
+    parts = build(config.with_fields(init_from=None))
+    if parts.source.fingerprint != kept.get("data_fingerprint"):
+        place = config.data.data or config.data.source
+        raise ValueError(f"the images in {place} are not those of the run: say with --data where those are")
     found = checkpoints.newest(run / "checkpoints", print, most=step)
     weights = None
     if found is not None:
         tensors, state = found
         parts.model.load_state_dict(tensors["weights"])
         weights = state["step"]
+    elif config.run.init_from is not None:
+        begin(parts, config.run.init_from)
     return _replayed(parts, step, weights)
+
+
+def begin(parts: Parts, folder: str) -> None:
+    """Give the network the weights that the run began with. Raises ValueError if that model is gone."""
+    try:
+        load_pretrained(parts.model, folder, parts.source, parts.vae)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(error).rstrip('.')}. The run began with the model {folder}, and this step is before its oldest "
+            "checkpoint: put the model back, or take a later step"
+        ) from error
 
 
 @torch.no_grad()
