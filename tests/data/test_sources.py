@@ -273,6 +273,19 @@ def test_a_file_that_went_away_is_named(tmp_path):
         source.load(0)
 
 
+def test_a_link_that_leads_nowhere_is_a_broken_image(tmp_path):
+    write(tmp_path / "data", "a/1.png", "a/3.png")
+    (tmp_path / "data/a/2.png").symlink_to(tmp_path / "gone.png")
+    source = ImageFolder(tmp_path / "data")
+    assert source.names == ["a/1.png", "a/2.png", "a/3.png"]
+    with pytest.raises(BrokenImage, match=r"^a/2\.png: ."):
+        source.load(1)
+    write(tmp_path, "gone.png")
+    back = ImageFolder(tmp_path / "data")
+    assert back.load(1)[0].size == (4, 4)
+    assert back.fingerprint != source.fingerprint
+
+
 def test_a_folders_fingerprint_moves_with_it(tmp_path):
     write(tmp_path / "here", "a/1.png", "b/2.png")
     fingerprint = ImageFolder(tmp_path / "here").fingerprint

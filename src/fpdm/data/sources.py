@@ -100,13 +100,21 @@ def with_channels(image: Image.Image, channels: int) -> Image.Image:
 
 def fingerprint_of(root: Path, names: list[str]) -> str:
     """A SHA-256 of the files' names, sizes and contents; of more than 1 GB, of the contents of 1,000 of them."""
-    sizes = {name: (root / name).stat().st_size for name in names}
+    sizes = {name: size_of(root / name) for name in names}
     chosen = range(len(names)) if sum(sizes.values()) <= WHOLLY_HASHED else spaced(len(names))
     digest = hashlib.sha256(b"".join(os.fsencode(name) + b"\0%d\n" % size for name, size in sizes.items()))
     for index in chosen:
         with suppress(OSError):  # it cannot be read as an image either, and is told of there
             digest.update(hashlib.sha256((root / names[index]).read_bytes()).digest())
     return digest.hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """The size of a file in bytes; -1 where a link leads nowhere, which is no reason to refuse all other files."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def spaced(count: int) -> range:
