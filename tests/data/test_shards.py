@@ -348,6 +348,14 @@ def test_a_damaged_index_is_made_again(tmp_path, damage):
     assert json.loads(kept.read_text())["index"]["names"] == ["0000.png", "0001.png", "0002.png"]
 
 
+def test_an_index_made_where_fewer_formats_are_known_is_made_again(tmp_path, monkeypatch):
+    write_tar(tmp_path / "a.tar", ("a.png", picture(0)), ("b.jfif", picture(1)))
+    with monkeypatch.context() as patch:
+        patch.setattr("fpdm.data.tars.EXTENSIONS", (".png",))
+        assert Shards(tmp_path).names == ["a.png"]
+    assert Shards(tmp_path).names == ["a.png", "b.jfif"]
+
+
 def test_where_nothing_can_be_written_the_index_is_in_the_cache(tmp_path, cache, monkeypatch):
     write_shards(tmp_path / "data", 3)
     (tmp_path / "data/.data-000.tar.index.json").mkdir()  # also root cannot put a file in its place

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from fpdm.data import ArraySource, BrokenImage, ImageFolder, digits, idx_folder, read_image
 from fpdm.data.arrays import read_idx
@@ -169,6 +169,35 @@ def test_hidden_files_and_other_files_are_left_out(tmp_path):
     (tmp_path / "a" / "notes.txt").touch()
     (tmp_path / "readme.md").touch()
     assert ImageFolder(tmp_path).names == ["a/1.png"]
+
+
+@pytest.mark.parametrize("name", ["jfif", "jpe", "JPEG", "jp2", "ppm", "pgm", "qoi", "avif", "tif"])
+def test_every_still_image_that_pillow_opens_is_found(name, tmp_path):
+    if not features.check({"jp2": "jpg_2000", "avif": "avif"}.get(name, "pil")):
+        pytest.skip(f"this Pillow opens no .{name}")
+    write(tmp_path, "a/1.png", f"b/1.{name}", mode="L" if name == "pgm" else "RGB")
+    source = ImageFolder(tmp_path)
+    assert source.class_names == ["a", "b"]
+    assert source.load(1)[0].size == (4, 4)
+
+
+def test_documents_films_and_numbers_are_no_images(tmp_path):
+    write(tmp_path, "a.png")
+    for end in ("pdf", "eps", "psd", "mpg", "h5", "apng", "avifs", "pfm", "ico", "txt"):
+        (tmp_path / f"b.{end}").touch()
+    assert ImageFolder(tmp_path).names == ["a.png"]
+
+
+def test_a_class_of_other_files_does_not_vanish_without_a_word(tmp_path):
+    write(tmp_path, "ant/1.png", "bee/1.png")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git/config").touch()
+    assert ImageFolder(tmp_path).class_names == ["ant", "bee"]  # warnings are errors here
+    (tmp_path / "cat/deep").mkdir(parents=True)
+    (tmp_path / "cat/deep/1.heic").touch()
+    with pytest.warns(UserWarning, match=r"folders without images, which are no classes: cat\. .*\.png.*: convert"):
+        assert ImageFolder(tmp_path).class_names == ["ant", "bee"]
 
 
 def test_what_is_no_folder_of_images(tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -11,10 +12,22 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Of single pictures. What else Pillow opens are documents, films, icons, textures and measurements.
+FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP"}
+NOT_STILL = {".apng", ".avifs", ".pfm"}  # films, and numbers of no known range, in the same formats
 WHOLLY_HASHED = 2**30  # bytes
 MOST_HASHED = 1000  # images of a larger set
 SPLITS = {"train", "test", "val", "valid", "validation"}
+
+
+def extensions() -> tuple[str, ...]:
+    """How the names of images end, in small letters: those of `FORMATS` that the installed Pillow can open."""
+    Image.init()
+    found = Image.registered_extensions().items()
+    return tuple(sorted(end for end, name in found if name in FORMATS & set(Image.OPEN) and end not in NOT_STILL))
+
+
+EXTENSIONS = extensions()
 
 
 class BrokenImage(ValueError):
@@ -50,7 +63,8 @@ class ImageFolder:
 
     channels  1 or 3: images are converted to grey or RGB
 
-    Raises ValueError for a folder that is missing or has no images, or one that mixes both layouts.
+    Folders beside those of classes that hold other files only are named in a warning. Raises ValueError for a folder
+    that is missing or has no images, or one that mixes both layouts.
     """
 
     def __init__(self, path: str | Path, channels: int = 3):
@@ -58,8 +72,9 @@ class ImageFolder:
         check_channels(channels)
         if not self.root.is_dir():
             raise ValueError(f"{self.root} is not a folder")
-        found = sorted(_image_files(self.root))
-        folders = sorted({name.split("/")[0] for name in found if "/" in name})
+        files = _files(self.root)
+        found = sorted(name for name in files if name.lower().endswith(EXTENSIONS))
+        folders = _folders(found)
         loose = [name for name in found if "/" not in name]
         if not found:
             raise ValueError(f"{self.root} holds no images ({', '.join(EXTENSIONS)}), at any depth")
@@ -72,6 +87,13 @@ class ImageFolder:
             raise ValueError(
                 f"the folders of {self.root} are splits of a data set ({', '.join(folders)}), not classes: "
                 f"name one of them, {self.root / folders[0]}"
+            )
+        if folders and (without := sorted({*_folders(files)} - {*folders})):
+            some = ", ".join(without[:5]) + (" and others" if len(without) > 5 else "")
+            warnings.warn(
+                f"{self.root} has folders without images, which are no classes: {some}. Files are taken for images by "
+                f"their names ({', '.join(EXTENSIONS)}): convert others to one of these",
+                stacklevel=2,
             )
         self.names, self.class_names = found, folders
         label_of = {name: label for label, name in enumerate(folders)}
@@ -156,7 +178,12 @@ def opaque(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
 
 
-def _image_files(root: Path) -> list[str]:
+def _folders(names: list[str]) -> list[str]:
+    """The first folders of paths, in order, each once."""
+    return sorted({name.split("/")[0] for name in names if "/" in name})
+
+
+def _files(root: Path) -> list[str]:
     """Paths below `root`, relative, with forward slashes; hidden ones are left out, links are followed once."""
     names, seen = [], set()
     for folder, folders, entries in os.walk(root, followlinks=True):
@@ -166,6 +193,6 @@ def _image_files(root: Path) -> list[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in entries:
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if not name.startswith("."):
                 names.append((Path(folder) / name).relative_to(root).as_posix())
     return names

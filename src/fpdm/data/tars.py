@@ -63,7 +63,10 @@ def index_of(path: Path) -> Index:
     for one that cannot be read or whose samples are not one image and one label each.
     """
     status = path.stat()
-    stamp = {"format": FORMAT, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    # Another Pillow may find images where there were none.
+    stamp = {
+        "format": FORMAT, "extensions": list(EXTENSIONS), "size": status.st_size, "mtime_ns": status.st_mtime_ns,
+    }  # fmt: skip
     absolute = hashlib.sha256(str(path.absolute()).encode()).hexdigest()[:16]
     beside = path.with_name(f".{path.name}.index.json")
     aside = cache_folder() / "shards" / f"{absolute}-{path.name}.index.json"
