@@ -204,6 +204,10 @@ def test_latents_that_are_not_complete_are_refused(latents, tmp_path):
         refused("is not complete: run the same `fpdm latents` again", copy, path=tmp_path / "run", source=source)
 
 
+def test_latents_cannot_be_cropped_anew(latents, tmp_path):
+    refused("crop random has no effect on latents", latents, path=tmp_path / "run", crop="random")
+
+
 def test_a_damaged_shard_is_named_before_training_starts(latents, tmp_path):
     copy = shutil.copytree(latents, tmp_path / "latents")
     flip_a_byte(copy / "latents-00002.safetensors")

@@ -40,6 +40,8 @@ def fresh_accelerate():
         ({**DIT, "injection": "gate"}, "injection belongs to a fixed point network"),
         ({"injection": "gate", "input_skip": True}, "input_skip belongs to injection 'mlp'"),
         ({"depth": 2}, "depth belongs to an explicit DiT"),
+        ({"conditional": False, "class_dropout": 0.2}, "class_dropout has no effect without conditional"),
+        ({"vae": "some/vae"}, "vae has no effect on images"),
         ({"gradient": "phantom", "damping": 0}, "damping"),
         ({"gradient": "implicit", "tolerance": 0}, "tolerance"),
     ],

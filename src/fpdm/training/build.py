@@ -155,11 +155,16 @@ def open_source(config: DataConfig) -> Source:
 
 
 def preparation(config: DataConfig, source: Source) -> Prepare:
-    """What makes of an image what a network takes. Raises ValueError for latents of another size, or not mirrored."""
+    """What makes of an image what a network takes. Raises ValueError for latents of another size, or not mirrored, and
+    for a setting that would have no effect."""
     if not isinstance(source, LatentFolder):
+        if config.vae is not None:
+            raise ValueError("vae has no effect on images, which are learnt in pixels: leave it out, or take latents")
         return ImagePreparation(config.image_size, config.crop, config.flip)
     if source.shape[1:] != (config.image_size, config.image_size):
         raise ValueError(f"image_size is {config.image_size}, and the latents in {config.data} are {source.shape[1:]}")
+    if config.crop != DataConfig().crop:
+        raise ValueError(f"crop {config.crop} has no effect on latents, which are of cropped images: leave it out")
     if config.flip and not source.mirrored:
         raise ValueError(
             f"{config.data} has no mirrored latents: make them with `fpdm latents --flip`, or take --no-flip"
@@ -216,6 +221,8 @@ def check_used(config: Config, source: Source) -> None:
     """Raises ValueError for a setting that would have no effect: it was meant to have one."""
     if config.data.channels != source.channels:
         raise ValueError(f"channels is {config.data.channels}, and these images have {source.channels}")
+    if not config.data.conditional and config.data.class_dropout != DataConfig().class_dropout:
+        raise ValueError("class_dropout has no effect without conditional, as no classes are learnt: leave it out")
     gradient, defaults = config.gradient, GradientConfig()
     for name, (field, value) in ONLY_WITH.items():
         if getattr(gradient, name) != getattr(defaults, name) and not matches(getattr(gradient, field), value):
