@@ -367,6 +367,11 @@ def test_a_coloured_model_and_grey_data_are_refused_before_anything_is_drawn(
         (["--guidance-interval", "0,500"], "--guidance-interval"),
         (["--guidance-channels", "1"], "--guidance-channels"),
         (["--guidance-share", "0.5"], "--guidance-share"),
+        (["--batch-size", "3"], "--batch-size"),
+        (["--dtype", "bfloat16"], "--dtype"),
+        (["--compile"], "--compile"),
+        (["--cuda-graphs"], "--cuda-graphs"),
+        (["--untuned"], "--untuned"),
     ],
 )
 def test_options_of_drawing_are_refused_where_there_are_samples(folder, capsys, arguments, flag):

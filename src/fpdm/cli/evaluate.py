@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 MODEL_FILES = ("model_index.json", "pipeline", "checkpoints")
 LEAST = 50  # samples to draw of a model
+NUM_IMAGES = 1000  # where the options say nothing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_SAMPLES", help="a model, a folder of images, or an .npz file")
     parser.add_argument("--out", metavar="DIR", help="folder for the result, and for the samples of a model")
     add_measuring_arguments(parser)
-    add_drawing_arguments(parser, num_images=1000)
+    add_drawing_arguments(parser, NUM_IMAGES)
 
 
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,9 +139,9 @@ def open_instrument(options: argparse.Namespace, size: int, channels: int) -> "I
 
 def refuse_drawing(options: argparse.Namespace) -> None:
     """Raises ValueError for options of drawing where there are samples already."""
-    for name in ("num_images", "classes", "seed", "budget", "steps", "iterations", "allocation", "reuse", "solver",
-                 "tolerance", "pooled", "untuned", "scheduler", "guidance_scale", "guidance_interval",
-                 "guidance_channels", "guidance_share", "batch_size", "dtype", "compile"):  # fmt: skip
-        if getattr(options, name) != options.parser.get_default(name):
+    drawing = argparse.ArgumentParser(add_help=False)
+    add_drawing_arguments(drawing, NUM_IMAGES)
+    for name, default in vars(drawing.parse_args([])).items():
+        if name != "device" and getattr(options, name) != default:  # which measures them, too
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{options.model} holds samples, which are measured as they are: leave {flag} out")
