@@ -78,6 +78,11 @@ def check_writable(path: Path) -> None:
         raise OSError(f"{there} cannot be written to ({error.strerror}): choose another place") from error
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether `path`, which need not be there, is `folder` or below it, by whatever names they go."""
+    return folder.is_dir() and path.resolve().is_relative_to(folder.resolve())
+
+
 def is_free(path: Path) -> bool:
     """Whether nothing is at `path`, or a folder without anything in it but hidden files."""
     return not path.exists() or (path.is_dir() and all(file.name.startswith(".") for file in path.iterdir()))

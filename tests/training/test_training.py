@@ -15,6 +15,8 @@ from fpdm.training.adopt import fields_of
 from fpdm.training.draws import draw
 from fpdm.training.ema import Ema
 from fpdm.training.loop import Trainer, learning_rate
+from tests.commands import contents
+from tests.data.test_arrays import write_idx
 from tests.training.runs import log_of, tiny
 
 
@@ -137,6 +139,30 @@ def test_broken_images_are_passed_over_counted_and_named(tmp_path):
     assert len(trainer.broken) == 1
     assert "cat/broken.png" in next(iter(trainer.broken))
     assert log_of(tmp_path / "run")[-1]["broken_images"] == 1
+
+
+@pytest.mark.parametrize("place", [".", "runs", "cat/deep"])
+def test_a_run_among_the_images_that_it_trains_on_is_refused(place, tmp_path, monkeypatch):
+    data = images_folder(tmp_path / "photos")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"photos, the folder of the images.*choose another --runs-dir"):
+        Trainer(folder_config(data), data / place / "images")
+    monkeypatch.chdir(data)
+    with pytest.raises(ValueError, match="choose another --runs-dir"):
+        Trainer(folder_config("."), f"{place}/images")
+    (tmp_path / "link").symlink_to(data)
+    with pytest.raises(ValueError, match="choose another --runs-dir"):
+        Trainer(folder_config(data), tmp_path / "link" / place / "images")
+    assert contents(tmp_path) == before
+    Trainer(folder_config("."), "../runs/images")
+    assert (tmp_path / "runs/images/config.json").is_file()
+
+
+def test_a_run_beside_idx_files_joins_nothing(tmp_path):
+    write_idx(tmp_path, 7, "train")
+    config = tiny(source="idx", data=str(tmp_path), channels=1, steps=1)
+    Trainer(config, tmp_path / "runs/clothes").run()
+    assert Trainer(config, tmp_path / "runs/clothes").run() == "already finished"
 
 
 def test_fine_tuning_takes_network_and_weights_and_starts_new_classes_anew(tmp_path):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.cli.sample import add_drawing_arguments, check_counts, draw
-from fpdm.files import cache_folder, check_writable, model_folder, read_json, write_json
+from fpdm.files import cache_folder, check_writable, is_inside, model_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from fpdm.evaluation import Instrument
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     out = None if options.out is None else Path(options.out)
     if out is not None:
         check_writable(out)
-        if Path(options.data).is_dir() and out.resolve().is_relative_to(Path(options.data).resolve()):
+        if is_inside(out, Path(options.data)):
             raise ValueError(f"{out} is in the folder of the real images, which it would join: choose another --out")
     result = evaluate_samples(options, out) if is_samples(options.model) else evaluate_model(options, out)
     evaluation = result["evaluation"]
@@ -75,7 +75,7 @@ def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str,
     path = Path(options.model)
     refuse_drawing(options)
     drawn = (path / "request.json").is_file()  # of whose pictures only the numbered ones are samples
-    if out is not None and path.is_dir() and not drawn and out.resolve().is_relative_to(path.resolve()):
+    if out is not None and not drawn and is_inside(out, path):
         raise ValueError(f"{out} is in the folder of the samples, which its pictures would join: choose another --out")
     quiet_libraries()
     from fpdm.evaluation import open_samples

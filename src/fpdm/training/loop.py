@@ -30,7 +30,7 @@ from fpdm.training.ema import Ema
 from fpdm.training.guard import Diverged, Guard
 from fpdm.training.interrupt import Interrupt, deferred_interrupts
 from fpdm.training.meters import Meters
-from fpdm.training.rundir import RunDir, check_space
+from fpdm.training.rundir import RunDir, check_apart, check_space
 from fpdm.training.saving import Saver
 from fpdm.training.validation import Validation
 
@@ -48,6 +48,7 @@ class Trainer:
         """`source` stands in for the data that the config names."""
         self.config, self.started = config, time.monotonic()
         self.parts: Parts = build(config, source)
+        check_apart(Path(path), config.data.data)
         self.kind = type(self.parts.model).__name__  # sharding changes its class
         self.accelerator = make_accelerator(config, Path(path))
         self._slots(0)  # refuses a batch that cannot be shared out

@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from fpdm.files import hold, is_free, read_json, write_aside, write_json
+from fpdm.data import holds_latents
+from fpdm.data.open import kind_of
+from fpdm.files import hold, is_free, is_inside, read_json, write_aside, write_json
 from fpdm.training.config import Config, differences
 
 
@@ -91,6 +93,17 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def check_apart(folder: Path, data: str | None) -> None:
+    """Raises ValueError for a run in a folder of images or shards, whose sample grids would join what it trains on.
+    Latents and IDX files are known by their names: nothing joins them."""
+    if data is None or not is_inside(folder, Path(data)) or holds_latents(Path(data)):
+        return
+    if kind_of(data) in ("folder", "shards"):
+        raise ValueError(
+            f"{folder} is in {data}, the folder of the images, which its own would join: choose another --runs-dir"
+        )
 
 
 def check_space(folder: Path, model: nn.Module, checkpoints: int) -> None:
