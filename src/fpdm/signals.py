@@ -8,7 +8,7 @@ from typing import Any
 
 
 @contextmanager
-def handled_by(handler: Callable[..., Any] | signal.Handlers, *numbers: signal.Signals) -> Iterator[None]:
+def handled_by(handler: Callable[..., Any] | int, *numbers: signal.Signals) -> Iterator[None]:
     """Within the context these signals do what `handler` says. Off the main thread, where nobody may say so, they do
     not."""
     if current_thread() is not main_thread():

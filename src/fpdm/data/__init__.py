@@ -6,7 +6,7 @@ from fpdm.data.latents import Autoencoder, Latent, LatentFolder, LatentPreparati
 from fpdm.data.open import KINDS, open_images
 from fpdm.data.shards import Shards
 from fpdm.data.sources import BrokenImage, ImageFolder, Source, read_image
-from fpdm.data.stream import Batch, Slots, Stream, loader
+from fpdm.data.stream import Batch, Slots, Stream, begun, loader
 from fpdm.data.transforms import CROPS, ImagePreparation, central, image_of, pixels, prepare
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Slots",
     "Source",
     "Stream",
+    "begun",
     "central",
     "digits",
     "holds_latents",

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from fpdm.data.sources import BrokenImage, Source
 from fpdm.keyed import generator
+from fpdm.signals import handled_by
 
 Prepare = Callable[[Any, torch.Generator], Tensor]
 WINDOW = 8  # chunks whose images are mixed
@@ -137,6 +138,19 @@ def loader(
         worker_init_fn=_leave_interrupts_to_the_main_process,
         prefetch_factor=4 if workers else None,
     )
+
+
+def begun(batches: DataLoader) -> Iterator[Any]:
+    """An iterator over the batches, which raises RuntimeError where the images of a worker that died are missed.
+
+    torch would have the process raise as soon as a worker dies, wherever it is: in the midst of a step, or of a
+    checkpoint.
+    """
+    died = getattr(signal, "SIGCHLD", None)  # Windows has no such signal
+    if died is None:
+        return iter(batches)
+    with handled_by(signal.getsignal(died) or signal.SIG_DFL, died):
+        return iter(batches)
 
 
 def _leave_interrupts_to_the_main_process(worker: int) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fpdm.data import Batch, Slots, Source, Stream, loader
+from fpdm.data import Batch, Slots, Source, Stream, begun, loader
 from fpdm.machine import matrix_rate
 from fpdm.training.build import Parts, build
 from fpdm.training.clock import Clock, advice
@@ -28,6 +28,7 @@ from fpdm.training.devices import clip, gradients_shared, make_accelerator, shar
 from fpdm.training.draws import Draws, Examples, draw
 from fpdm.training.ema import Ema
 from fpdm.training.guard import Diverged, Guard
+from fpdm.training.halts import Halted, fetched
 from fpdm.training.interrupt import Interrupt, deferred_interrupts
 from fpdm.training.meters import Meters
 from fpdm.training.rundir import RunDir, check_apart, check_space
@@ -103,8 +104,8 @@ class Trainer:
     def run(self) -> str:
         """Train. Returns "finished", "interrupted", or "already finished" if there was nothing to do.
 
-        Raises FloatingPointError if training diverges (and rolling back is not asked for, or does not help), ValueError
-        for data of which nothing can be read, OSError for a disk that is full.
+        Raises FloatingPointError if training diverges (and rolling back is not asked for, or does not help), Halted, a
+        ValueError, for data that cannot be read any more, OSError for a disk that is full.
         """
         self.saver.restore()
         last = self.config.optimizer.steps
@@ -113,13 +114,28 @@ class Trainer:
                 self.saver.export()
             return "already finished"
         with deferred_interrupts() as interrupt, self._tracker(), self._bar() as bar:
-            asked = self._train_on(interrupt, bar)
-            if self.step % self.config.run.checkpoint_every:
-                self.saver.save()
-            self.saver.export()
+            asked = self._train_or_keep(interrupt, bar)
+            self._keep()
             self.broken = dict.fromkeys(self.saver.all_broken())  # while there are other processes to ask
         self.seconds = time.monotonic() - self.started
         return "interrupted" if asked and self.step < last else "finished"
+
+    def _keep(self) -> None:
+        """Save this step, where it is not saved yet, and the model."""
+        if self.step % self.config.run.checkpoint_every:
+            self.saver.save()
+        self.saver.export()
+
+    def _train_or_keep(self, interrupt: Interrupt, bar: tqdm) -> bool:
+        """Train; where that cannot go on, keep what there is, and say so. Whether it was interrupted."""
+        try:
+            return self._train_on(interrupt, bar)
+        except Halted as error:
+            # To save takes all processes, and the others wait in a step for what this one cannot give them.
+            if self.accelerator.num_processes > 1 or self.step == 0:
+                raise
+            self._keep()
+            raise Halted(f"{error}. Step {self.step} is saved, and the next start goes on from there") from error
 
     def _train_on(self, interrupt: Interrupt, bar: tqdm) -> bool:
         """Train, after a divergence from the last checkpoint if that is asked for; whether it was interrupted."""
@@ -146,10 +162,10 @@ class Trainer:
         )
         slots = self._slots(self.step)
         pin, workers = self.accelerator.device.type == "cuda", self.config.data.workers
-        batches = iter(loader(stream, slots, workers, pin, self.parts.drawing))
+        batches = fetched(begun(loader(stream, slots, workers, pin, self.parts.drawing)), slots.parts)
         for _ in slots.steps:
             with clock.waiting():
-                some = [next(batches) for _ in range(slots.parts)]
+                some = next(batches)
             self._one_step(some)
             self.step += 1
             bar.update()
@@ -178,8 +194,6 @@ class Trainer:
         values: dict[str, Tensor] = {}
         for i, (batch, draws) in enumerate(some):
             assert batch.step == self.step, f"a batch of step {batch.step} came at step {self.step}"
-            if batch.failure is not None:
-                raise ValueError(batch.failure)
             self.broken |= dict.fromkeys(batch.broken)
             with self._sharing(i == len(some) - 1):
                 for name, value in self._backward(batch, draws, course).items():
