@@ -5,10 +5,12 @@ import os
 import signal
 
 import pytest
+import torch
 from torch._utils import ExceptionWrapper
 
 from fpdm.data import BrokenImage
 from fpdm.training import checkpoints
+from fpdm.training.ema import Ema
 from fpdm.training.halts import Halted, reader_died
 from fpdm.training.loop import Trainer
 from tests.training.runs import log_of, tensors_of, tiny
@@ -110,3 +112,54 @@ def test_a_dead_reader_is_told_from_one_that_met_an_error(kind, where, died):
     with pytest.raises(kind) as error:
         wrapped.reraise()
     assert reader_died(error.value) is died
+
+
+def too_large(trainer):
+    torch.empty(2**50)
+
+
+def on_a_gpu(trainer):
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB"
+    )
+
+
+@pytest.mark.parametrize(("act", "asked"), [(too_large, "4503599627370496 bytes"), (on_a_gpu, "20.00 MiB")])
+def test_memory_that_is_not_there_is_one_message_and_costs_no_steps(act, asked, whole, tmp_path, monkeypatch):
+    path, backward = tmp_path / "run", Trainer._backward
+
+    def needing(self, *examples):
+        found = backward(self, *examples)
+        if self.step == 6:
+            act(self)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_backward", needing)
+        with pytest.raises(Halted, match=f"more memory than there is, {asked} at once") as told:
+            Trainer(tiny(), path).run()
+    for words in ("--accumulation", "--checkpointing", "--batch-size", "`fpdm info`", "Step 6 is saved"):
+        assert words in str(told.value)
+    assert_goes_on(whole, path)
+
+
+def test_an_update_without_memory_is_not_saved(tmp_path, monkeypatch):
+    update = Ema.update
+
+    def needing(self, model, step):
+        update(self, model, step)
+        if step == 7:
+            torch.empty(2**50)
+
+    monkeypatch.setattr(Ema, "update", needing)
+    with pytest.raises(ValueError, match="--accumulation"):
+        Trainer(tiny(), tmp_path / "run").run()
+    assert checkpoints.all_steps(tmp_path / "run/checkpoints") == [5]
+
+
+def test_a_batch_that_was_too_large_does_not_bind_the_folder(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_backward", lambda self, *examples: on_a_gpu(self))
+        with pytest.raises(Halted, match="--batch-size"):
+            Trainer(tiny(batch_size=16), tmp_path / "run").run()
+    assert Trainer(tiny(), tmp_path / "run").run() == "finished"

@@ -1,9 +1,11 @@
 """A run that was stopped and gone on with equals one that was not: bit for bit on the CPU, the log too."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from filelock import FileLock
 
 from fpdm.training import checkpoints
 from fpdm.training.loop import Trainer
@@ -158,10 +160,40 @@ def test_another_config_is_refused_by_name(changes, named, uninterrupted):
 
 
 def test_other_data_is_refused(uninterrupted, tmp_path):
-    settings = json.loads((uninterrupted / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, "data_fingerprint": "other"}))
+    path = shutil.copytree(uninterrupted, tmp_path / "run")
+    settings = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**settings, "data_fingerprint": "other"}))
     with pytest.raises(ValueError, match="the images are others"):
-        Trainer(tiny(), tmp_path)
+        Trainer(tiny(), path)
+
+
+def test_a_run_without_a_checkpoint_takes_another_config_and_keeps_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "save", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Trainer(tiny(log_every=1, sample_every=2, sample_budget=12, tracker="tensorboard"), path).run()
+    assert log_of(path)
+    assert list((path / "samples").iterdir())
+    Trainer(tiny(lr=0.5), path)
+    assert json.loads((path / "config.json").read_text())["optimizer"]["lr"] == 0.5
+    left = {file.name for file in path.rglob("*")}
+    assert left == {"config.json", ".lock", "checkpoints", "samples"}
+
+
+def test_a_model_whose_checkpoints_were_removed_is_not_begun_anew(uninterrupted, tmp_path):
+    path = shutil.copytree(uninterrupted, tmp_path / "run")
+    shutil.rmtree(path / "checkpoints")
+    with pytest.raises(ValueError, match="another run: lr was"):
+        Trainer(tiny(lr=0.5), path)
+
+
+def test_a_folder_that_is_held_is_not_cleared(tmp_path):
+    Trainer(tiny(), tmp_path / "run").dir.append_log({"step": 1})
+    path = shutil.copytree(tmp_path / "run", tmp_path / "held")
+    with FileLock(path / ".lock"), pytest.raises(ValueError, match="another command is at work"):
+        Trainer(tiny(lr=0.5), path)
+    assert log_of(path) == [{"step": 1}]
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

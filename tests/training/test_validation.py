@@ -173,7 +173,7 @@ def test_what_is_looked_at_is_the_average(tmp_path):
 
 
 def test_another_holdout_is_another_run(tmp_path):
-    Trainer(tiny(holdout=20), tmp_path / "run")
+    Trainer(tiny(holdout=20, steps=1), tmp_path / "run").run()
     with pytest.raises(ValueError, match="another run: holdout was 20, is 30"):
         Trainer(tiny(holdout=30), tmp_path / "run")
     assert len(build(tiny(holdout=20)).source) == len(digits()) - 20

@@ -16,7 +16,8 @@ TRACKERS = ("none", "tensorboard", "wandb")
 
 
 def option(default: Any, help: str, **more: Any) -> Any:
-    """A field with a help text; `choices` lists allowed values, `least` the smallest."""
+    """A field with a help text; `choices` lists allowed values, `least` is the smallest, `most` the largest, `below`
+    the first that is too large."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -86,7 +87,7 @@ class OptimizerConfig:
     lr_schedule: str = option("constant", "learning rate after warm-up", choices=("constant", "cosine"))
     warmup: int = option(0, "steps over which the learning rate rises from 0", least=0)
     weight_decay: float = option(0.0, "AdamW's weight decay", least=0)
-    beta2: float = option(0.999, "AdamW's second decay rate", least=0, most=1)
+    beta2: float = option(0.999, "AdamW's second decay rate", least=0, below=1)
     grad_clip: float = option(1.0, "largest norm of the gradient, 0 for any", least=0)
     skips: int = option(5, "steps in a row without a usable gradient after which training has diverged", least=1)
     ema: float = option(0.9999, "decay of the weights' moving average; rises to this from 0.1", least=0, most=1)
@@ -196,8 +197,10 @@ def check_value(group: Any, name: str) -> None:
         raise ValueError(f"{name} is {value!r}; it must be a value of type {allowed.__name__}")
     if "choices" in metadata and value not in metadata["choices"]:
         raise ValueError(unknown(name, str(value), map(str, metadata["choices"])))
-    if not metadata.get("least", value) <= value <= metadata.get("most", value):
-        bounds = f"at least {metadata.get('least')}" + (f", at most {metadata['most']}" if "most" in metadata else "")
+    too_large = "below" in metadata and value >= metadata["below"]
+    if too_large or not metadata.get("least", value) <= value <= metadata.get("most", value):
+        words = {"least": "at least", "most": "at most", "below": "below"}
+        bounds = ", ".join(f"{word} {metadata[bound]}" for bound, word in words.items() if bound in metadata)
         raise ValueError(f"{name} is {value}; it must be {bounds}")
 
 

@@ -1,6 +1,12 @@
-"""What ends a run though its weights are sound: images that do not come. Each is told in one message."""
+"""What ends a run though its weights are sound: images that do not come, memory that is not there. Each is told in one
+message."""
 
+import re
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 
 from fpdm.training.draws import Examples
 
@@ -35,3 +41,20 @@ def reader_died(error: Exception) -> bool:
     said = str(error)
     unanswered = isinstance(error, OSError | EOFError) and "in pin memory thread" in said
     return said.startswith("DataLoader worker") or unanswered
+
+
+@contextmanager
+def memory_needed(kind: type[ValueError]) -> Iterator[None]:
+    """Within the context, memory that is not there is told of by an error of this kind, which names the remedies."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # on a CPU
+            raise
+        traceback.clear_frames(error.__traceback__)  # what the step holds is room to save in
+        asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))
+        raise kind(
+            f"a step needs more memory than there is{f', {asked[1]} at once' if asked else ''}: do it in more parts "
+            "with --accumulation, recompute with --checkpointing, or take a smaller --batch-size, which a run with a "
+            "checkpoint cannot change. `fpdm info` with the same options counts what a step takes"
+        ) from error

@@ -28,7 +28,7 @@ from fpdm.training.devices import clip, gradients_shared, make_accelerator, shar
 from fpdm.training.draws import Draws, Examples, draw
 from fpdm.training.ema import Ema
 from fpdm.training.guard import Diverged, Guard
-from fpdm.training.halts import Halted, fetched
+from fpdm.training.halts import Halted, fetched, memory_needed
 from fpdm.training.interrupt import Interrupt, deferred_interrupts
 from fpdm.training.meters import Meters
 from fpdm.training.rundir import RunDir, check_apart, check_space
@@ -105,7 +105,7 @@ class Trainer:
         """Train. Returns "finished", "interrupted", or "already finished" if there was nothing to do.
 
         Raises FloatingPointError if training diverges (and rolling back is not asked for, or does not help), Halted, a
-        ValueError, for data that cannot be read any more, OSError for a disk that is full.
+        ValueError, for data that cannot be read any more or a lack of memory, OSError for a disk that is full.
         """
         self.saver.restore()
         last = self.config.optimizer.steps
@@ -189,6 +189,13 @@ class Trainer:
         rate = learning_rate(self.config, self.step) * 0.5**self.rollbacks
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        with memory_needed(Halted):
+            values = self._gradients(some)
+        with memory_needed(ValueError):  # half an update may be made by then: it is not to be saved
+            self._update(values)
+
+    def _gradients(self, some: list[Examples]) -> dict[str, Tensor]:
+        """The gradient of a step's parts, and the means of their losses."""
         # Drawn once per step and alike on all processes, so that all do the same work.
         course = self.parts.course(self.step)
         values: dict[str, Tensor] = {}
@@ -199,6 +206,10 @@ class Trainer:
                 for name, value in self._backward(batch, draws, course).items():
                     values[name] = values.get(name, 0) + value / len(some)
             self.operations += self.parts.operations(course) * len(batch.slots)
+        return values
+
+    def _update(self, values: dict[str, Tensor]) -> None:
+        """Weights, moments and average after a step, unless its gradient is of no use."""
         norm = clip(self.net.parameters(), self.config.optimizer.grad_clip)
         useless = self.guard.judge(norm, self.step)
         self.optimizer.found_inf = useless  # type: ignore[attr-defined]

@@ -20,7 +20,8 @@ from fpdm.training.config import Config, differences
 
 
 class RunDir:
-    """A run's folder, new or to be gone on with.
+    """A run's folder, new or to be gone on with. One without a checkpoint takes any config: there is nothing in it to
+    lose, and the settings that it failed with, a batch too large for instance, are not to bind it.
 
     Raises ValueError if it belongs to another config or other data, naming what differs; OSError if it cannot be
     written.
@@ -32,11 +33,16 @@ class RunDir:
         self.pipeline, self.log = self.path / "pipeline", self.path / "log.jsonl"
         settings = self.path / "config.json"
         new = {**config.to_dict(), "data_fingerprint": fingerprint}
+        self._anew = False
         if settings.is_file():
             self._compare(read_json(settings), new)
         elif not is_free(self.path):
             raise ValueError(f"{self.path} is there already and is not a run: choose another --name")
         self._new = new
+
+    def _begun(self) -> bool:
+        """Whether there is anything to lose: a checkpoint, even a damaged one, or a model left alone by them."""
+        return self.pipeline.exists() or any(self.checkpoints.glob("step-*"))
 
     def create(self) -> None:
         """Make the folders and write the config. Called by one process only.
@@ -45,6 +51,8 @@ class RunDir:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         self._held = hold(self.path)  # as long as this object lives
+        if self._anew:
+            self._clear()
         for folder in (self.checkpoints, self.samples):
             folder.mkdir(parents=True, exist_ok=True)
         write_json(self.path / "config.json", self._new)
@@ -53,11 +61,20 @@ class RunDir:
         changed = [f"{name} was {was!r}, is {now!r}" for name, (was, now) in differences(old, new).items()]
         if old.get("data_fingerprint") != new["data_fingerprint"]:
             changed.append("the images are others")
-        if changed:
+        if changed and self._begun():
             raise ValueError(
                 f"{self.path} belongs to another run: {'; '.join(changed)}. "
                 "Give the same settings to go on with it, or another --name to start anew"
             )
+        self._anew = bool(changed)
+
+    def _clear(self) -> None:
+        """Remove what a run of another config left that had no checkpoint: its log and grids are not the new one's."""
+        if self._begun():  # by a run that was at work until a moment ago
+            raise ValueError(f"{self.path} belongs to another run, which has just saved: choose another --name")
+        self.log.unlink(missing_ok=True)
+        for folder in (self.samples, self.path / "tensorboard"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def cut_log(self, step: int) -> None:
         """Drop what the log says of steps after `step`, a torn last line too."""
