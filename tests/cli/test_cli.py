@@ -177,8 +177,18 @@ def test_debug_shows_the_traceback(tmp_path):
 
 def test_a_finished_run_says_so_and_another_config_is_refused(runs, capsys):
     assert main(["train", "digits", "--runs-dir", str(runs), *TINY]) == 0
-    assert "is finished" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "is finished" in said
+    assert "--steps" not in said, "a cosine that is over cannot be prolonged"
     assert "lr was 0.001, is 0.5" in refused(["train", "digits", "--runs-dir", runs, *TINY, "--lr", "0.5"], capsys)
+
+
+def test_a_finished_run_of_a_constant_rate_can_be_asked_for_more(tmp_path, capsys):
+    words = ["train", "digits", "--runs-dir", str(tmp_path), *TINY, "--lr-schedule", "constant"]
+    assert main(words) == 0
+    assert "note: all 4 steps are warm-up, of 100" in capsys.readouterr().out
+    assert main(words) == 0
+    assert "Ask for more with --steps" in capsys.readouterr().out
 
 
 def sampled(folder):

@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
         print(trainer.summary(), flush=True)
     outcome = trainer.run()
     if main_process:
-        print(closing_words(outcome, trainer.step, path, list(trainer.broken)))
+        print(closing_words(outcome, trainer.step, path, list(trainer.broken), config))
     status = 130 if outcome == "interrupted" else 0
     if trainer.accelerator.num_processes > 1:
         leave(status)
@@ -120,7 +120,7 @@ def reader(kind: type) -> Callable[[str], Any]:
     return read
 
 
-def closing_words(outcome: str, step: int, path: Path, broken: list[str]) -> str:
+def closing_words(outcome: str, step: int, path: Path, broken: list[str], config: Config) -> str:
     lines = []
     if broken:
         shown = "\n  ".join(broken[:10]) + (f"\n  and {len(broken) - 10} more" if len(broken) > 10 else "")
@@ -128,7 +128,10 @@ def closing_words(outcome: str, step: int, path: Path, broken: list[str]) -> str
     if outcome == "interrupted":
         lines.append(f"Saved at step {step}. The same command goes on from there.")
     elif outcome == "already finished":
-        lines.append(f"{path} is finished: {step} steps are done. Ask for more with --steps, or take another --name.")
+        more = "Take another --name"
+        if config.optimizer.lr_schedule != "cosine":  # which has come down to 0, and would jump up again
+            more = "Ask for more with --steps, or take another --name"
+        lines.append(f"{path} is finished: {step} steps are done. {more}.")
     lines.append(
         f"The model is in {path / 'pipeline'}; draw from it with: fpdm sample {path} --budget 160 --out samples"
     )

@@ -5,7 +5,6 @@ run is its weights, their average, the optimiser's moments, what is known of the
 next line of the log will report.
 """
 
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +32,7 @@ from fpdm.training.interrupt import Interrupt, deferred_interrupts
 from fpdm.training.meters import Meters
 from fpdm.training.rundir import RunDir, check_apart, check_space
 from fpdm.training.saving import Saver
+from fpdm.training.schedule import learning_rate, notes
 from fpdm.training.validation import Validation
 
 METERS = ("loss", "mse", "vlb", "exit", "grad_norm")
@@ -54,6 +54,7 @@ class Trainer:
         self.accelerator = make_accelerator(config, Path(path))
         self._slots(0)  # refuses a batch that cannot be shared out
         self.dir = RunDir(path, config, self.parts.source.fingerprint)
+        self.notes = notes(config, self.dir.step, self.dir.former_steps)
         check_space(self.dir.path, self.parts.model, config.run.keep_checkpoints)
         self.accelerator.wait_for_everyone()  # all have looked before one writes
         if self.accelerator.is_main_process:
@@ -89,7 +90,7 @@ class Trainer:
         self.saver = Saver(self)
 
     def summary(self) -> str:
-        """What is about to be trained on what, in two lines."""
+        """What is about to be trained on what, in two lines, and what may surprise in its learning rate."""
         source, optimizer, side = self.parts.source, self.config.optimizer, self.config.data.image_size
         parameters = sum(p.numel() for p in self.net.parameters())
         classes = self.net.config.num_classes
@@ -98,7 +99,7 @@ class Trainer:
             f"{self.kind}, {parameters / 1e6:.2f} M parameters, on {len(source):,} images of "
             f"{side} x {side} x {source.channels}, {f'{classes} classes' if classes else 'no classes'}{held}\n"
             f"{optimizer.steps:,} steps of {optimizer.batch_size} images on {self.accelerator.device}, "
-            f"in {self.dir.path}"
+            f"in {self.dir.path}" + "".join(f"\nnote: {note}" for note in self.notes)
         )
 
     def run(self) -> str:
@@ -367,14 +368,3 @@ class Pace:
         """Seconds before a time limit at which to stop: a minute, so many steps until the next look at the clock, and
         twice the longest pause so far, to save and to export."""
         return LAST_MINUTE + steps * self.step + 2 * self.pause
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """The learning rate of the step after `step` are done: linear warm-up, then constant or half a cosine down to 0."""
-    optimizer = config.optimizer
-    if step < optimizer.warmup:
-        return optimizer.lr * (step + 1) / optimizer.warmup
-    if optimizer.lr_schedule == "constant":
-        return optimizer.lr
-    done = (step - optimizer.warmup) / max(1, optimizer.steps - optimizer.warmup)
-    return optimizer.lr * 0.5 * (1 + math.cos(math.pi * done))

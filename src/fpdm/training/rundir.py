@@ -25,6 +25,9 @@ class RunDir:
 
     Raises ValueError if it belongs to another config or other data, naming what differs; OSError if it cannot be
     written.
+
+    step          of its newest checkpoint, 0 without one
+    former_steps  how many it was to have when it was last started; None without a checkpoint
     """
 
     def __init__(self, path: str | Path, config: Config, fingerprint: str):
@@ -33,16 +36,19 @@ class RunDir:
         self.pipeline, self.log = self.path / "pipeline", self.path / "log.jsonl"
         settings = self.path / "config.json"
         new = {**config.to_dict(), "data_fingerprint": fingerprint}
+        self.step, self.former_steps = max(steps_in(self.checkpoints), default=0), None
         self._anew = False
         if settings.is_file():
-            self._compare(read_json(settings), new)
+            old = read_json(settings)
+            self._compare(old, new)
+            self.former_steps = old["optimizer"]["steps"] if self.step else None
         elif not is_free(self.path):
             raise ValueError(f"{self.path} is there already and is not a run: choose another --name")
         self._new = new
 
     def _begun(self) -> bool:
         """Whether there is anything to lose: a checkpoint, even a damaged one, or a model left alone by them."""
-        return self.pipeline.exists() or any(self.checkpoints.glob("step-*"))
+        return self.pipeline.exists() or bool(steps_in(self.checkpoints))
 
     def create(self) -> None:
         """Make the folders and write the config. Called by one process only.
@@ -101,6 +107,12 @@ class RunDir:
             with suppress(OSError):
                 os.truncate(self.log, size)  # half a line would join the next one
             raise
+
+
+def steps_in(checkpoints: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, damaged ones too, going by their names."""
+    names = (path.name.removeprefix("step-") for path in checkpoints.glob("step-*"))
+    return [int(name) for name in names if name.isdigit()]
 
 
 def finite(value: Any) -> Any:
