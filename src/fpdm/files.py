@@ -83,6 +83,12 @@ def is_inside(path: Path, folder: Path) -> bool:
     return folder.is_dir() and path.resolve().is_relative_to(folder.resolve())
 
 
+def steps_in(checkpoints: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, damaged ones too, going by their names."""
+    names = (path.name.removeprefix("step-") for path in checkpoints.glob("step-*"))
+    return [int(name) for name in names if name.isdigit()]
+
+
 def is_free(path: Path) -> bool:
     """Whether nothing is at `path`, or a folder without anything in it but hidden files."""
     return not path.exists() or (path.is_dir() and all(file.name.startswith(".") for file in path.iterdir()))

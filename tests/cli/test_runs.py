@@ -49,7 +49,7 @@ def test_every_run_is_listed_with_its_state_and_nothing_else_is(folder, capsys):
         "damaged": "damaged", "empty-config": "damaged", "finished": "finished", "new": "stopped", "stopped": "stopped",
     }  # fmt: skip
     assert {name: row["step"] for name, row in found.items() if name not in ("damaged", "empty-config")} == {
-        "finished": "10", "new": "0", "stopped": "4",
+        "finished": "10", "new": "0", "stopped": "6",
     }  # fmt: skip
     assert found["new"]["loss"] == "-"
 
@@ -78,10 +78,10 @@ def test_torn_lines_are_passed_over(folder, tmp_path):
     with (path / "log.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')
     (found,) = standings(tmp_path)
-    assert (found.state, found.step) == ("stopped", 4)
+    assert (found.state, found.step) == ("stopped", 6)
     (path / "log.jsonl").unlink()
     (found,) = standings(tmp_path)
-    assert (found.step, found.age, found.last) == (0, None, {})
+    assert (found.step, found.age, found.last) == (6, None, {})
 
 
 def test_a_damaged_log_does_not_hide_the_other_runs(folder, tmp_path):

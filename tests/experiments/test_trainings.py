@@ -15,7 +15,7 @@ from fpdm.cli.main import make_parser
 from fpdm.experiments import trainings
 from fpdm.experiments.catalog import GROUNDS, TABLES
 from fpdm.experiments.table import Training
-from fpdm.experiments.trainings import check_runs, is_trained, output_of, portable, train_missing, written
+from fpdm.experiments.trainings import check_runs, is_trained, output_of, portable, seconds_of, train_missing, written
 from fpdm.training.listing import numbers, standing
 from fpdm.training.loop import Trainer
 from tests.commands import contents, wait_for
@@ -169,6 +169,12 @@ def test_a_damaged_config_is_told(runs):
     path.write_text("{")
     with pytest.raises(ValueError, match="damaged"):
         train_missing([training(0), training(1)], runs, 1, quiet)
+
+
+def test_a_line_of_fewer_steps_is_not_timed(tmp_path):
+    whole, partial = {"step": 4, "images_per_second": 8.0}, {"step": 5, "images_per_second": 2.0, "partial": True}
+    (tmp_path / "log.jsonl").write_text(f"{json.dumps(whole)}\n{json.dumps(partial)}\n")
+    assert seconds_of(tmp_path, training(0).config) == 4.0  # 4 steps of 8 images
 
 
 def test_what_is_kept_of_a_training(trained):

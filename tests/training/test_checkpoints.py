@@ -70,7 +70,7 @@ def test_a_flipped_bit_anywhere_in_the_state_is_noticed(whole, tmp_path):
 def test_the_checkpoint_before_a_damaged_one_is_used(name, copied, capsys):
     flip(copied / "checkpoints/step-00000010" / name, 200)
     (copied / "log.jsonl").write_text((copied / "log.jsonl").read_text() + '{"step": 9}\n')
-    before = log_of(copied)[:2]
+    before = log_of(copied)[:3]
     assert Trainer(tiny(), copied).run() == "finished"
     assert f"step-00000010 is damaged ({name} is not what was written)" in capsys.readouterr().out
     assert log_of(copied) == before

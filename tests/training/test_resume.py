@@ -139,6 +139,25 @@ def test_more_steps_can_be_asked_for(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "run", 10)
 
 
+def test_the_last_line_is_of_the_last_steps_and_joins_those_that_are_asked_for_later(tmp_path):
+    constant = {"lr_schedule": "constant"}
+    Trainer(tiny(log_every=1, **constant), tmp_path / "each").run()
+    losses = [entry["loss"] for entry in log_of(tmp_path / "each")]
+    assert not any("partial" in entry for entry in log_of(tmp_path / "each"))
+    for steps in (6, 7):
+        Trainer(tiny(steps=steps, **constant), tmp_path / "run").run()
+        before = log_of(tmp_path / "run")
+        assert [(line["step"], line.get("partial", False)) for line in before] == [(4, False), (steps, True)]
+        assert before[-1]["loss"] == pytest.approx(sum(losses[4:steps]) / (steps - 4), rel=1e-5)
+        assert Trainer(tiny(steps=steps, **constant), tmp_path / "run").run() == "already finished"
+        assert log_of(tmp_path / "run") == before
+
+
+def test_a_run_shorter_than_a_line_has_one(tmp_path):
+    Trainer(tiny(steps=2, log_every=50), tmp_path / "run").run()
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [2]
+
+
 def test_accumulation_changes_rounding_only(uninterrupted, tmp_path):
     Trainer(tiny(accumulation=4), tmp_path / "run").run()
     whole, parts = tensors_of(uninterrupted, 10), tensors_of(tmp_path / "run", 10)

@@ -19,6 +19,7 @@ from fpdm.files import read_json
 from fpdm.training.checkpoints import all_steps
 from fpdm.training.config import Config, differences
 from fpdm.training.listing import numbers, standing
+from fpdm.training.rundir import PARTIAL
 
 PAUSE = 1.0  # seconds between looks
 
@@ -162,9 +163,9 @@ def seconds_of(run: Path, config: Config) -> float:
 
 
 def measured_steps(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log that were timed."""
+    """The lines of a run's log that were timed, all of as many steps."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "images_per_second" in line]
+    return [line for line in lines if "images_per_second" in line and PARTIAL not in line]
 
 
 def portable(training: Training) -> Training:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fpdm.files import hold, read_json
+from fpdm.files import hold, read_json, steps_in
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,7 @@ class Standing:
     """One run.
 
     state    "training", "finished", "stopped" (to be gone on with), or "damaged"
-    step     of the last line of the log
+    step     of the last line of the log, or the newest checkpoint where that is further on
     last     the last numbers of the log, by name
     age      seconds since the log was written to; None without one
     """
@@ -39,7 +39,7 @@ def standing(path: Path) -> Standing:
     log = path / "log.jsonl"
     last = numbers(log)
     age = time.time() - log.stat().st_mtime if log.is_file() else None
-    step = int(last.get("step", 0))
+    step = max(int(last.get("step", 0)), *steps_in(path / "checkpoints"), 0)
     try:
         steps = int(read_json(path / "config.json")["optimizer"]["steps"])
     except (ValueError, KeyError, TypeError):

@@ -30,7 +30,7 @@ from fpdm.training.guard import Diverged, Guard
 from fpdm.training.halts import Halted, fetched, memory_needed
 from fpdm.training.interrupt import Interrupt, deferred_interrupts
 from fpdm.training.meters import Meters
-from fpdm.training.rundir import RunDir, check_apart, check_space
+from fpdm.training.rundir import PARTIAL, RunDir, check_apart, check_space
 from fpdm.training.saving import Saver
 from fpdm.training.schedule import learning_rate, notes
 from fpdm.training.validation import Validation
@@ -174,6 +174,9 @@ class Trainer:
                 self._check_divergence()
             if self.step % run.log_every == 0:
                 self._log(bar, clock)
+                self.meters.sums.zero_()
+            elif self.step == slots.steps.stop:
+                self._log(bar, clock, {PARTIAL: True})
             self.pace.stepped()
             if self.step % run.validate_every == 0:
                 self._look()
@@ -281,10 +284,10 @@ class Trainer:
 
     # --- what is told ----------------------------------------------------------------------------------------------
 
-    def _log(self, bar: tqdm, clock: Clock) -> None:
+    def _log(self, bar: tqdm, clock: Clock, more: dict[str, Any] | None = None) -> None:
+        """A line, of the steps since the last whole one."""
         sums: Tensor = self.accelerator.reduce(self.meters.sums, "mean")
         values = self.meters.means(sums)
-        self.meters.sums.zero_()
         steps, seconds, waited = clock.lap(self.step)
         rate = steps * self.config.optimizer.batch_size / seconds
         entry = {
@@ -298,6 +301,7 @@ class Trainer:
             "share_of_matrix_rate": round(self.operations / seconds / self._matrix_rate, 3),
             "share_waiting_for_data": round(waited / seconds, 3),
             "seconds": round(clock.total, 2),
+            **(more or {}),
         }
         self.operations = 0.0
         if "loss" in values:

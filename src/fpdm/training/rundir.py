@@ -15,8 +15,12 @@ from torch import nn
 
 from fpdm.data import holds_latents
 from fpdm.data.open import kind_of
-from fpdm.files import hold, is_free, is_inside, read_json, write_aside, write_json
+from fpdm.files import hold, is_free, is_inside, read_json, steps_in, write_aside, write_json
 from fpdm.training.config import Config, differences
+
+# In the last line of a log, where it is of fewer steps than the others. Where more are asked for, these join them in
+# the next line, and it goes: the log is as if the run had not ended there.
+PARTIAL = "partial"
 
 
 class RunDir:
@@ -82,8 +86,8 @@ class RunDir:
         for folder in (self.samples, self.path / "tensorboard"):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def cut_log(self, step: int) -> None:
-        """Drop what the log says of steps after `step`, a torn last line too."""
+    def cut_log(self, step: int, last: int) -> None:
+        """Drop what the log says of steps after `step`, a torn last line too; and a partial one before step `last`."""
         if not self.log.is_file():
             return
         kept = []
@@ -94,7 +98,8 @@ class RunDir:
                 continue  # torn, on a full disk or by a kill
             if entry["step"] > step:
                 break
-            kept.append(line + "\n")
+            if step >= last or PARTIAL not in entry:
+                kept.append(line + "\n")
         write_aside(self.log, lambda aside: aside.write_text("".join(kept)))
 
     def append_log(self, entry: dict[str, Any]) -> None:
@@ -107,12 +112,6 @@ class RunDir:
             with suppress(OSError):
                 os.truncate(self.log, size)  # half a line would join the next one
             raise
-
-
-def steps_in(checkpoints: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, damaged ones too, going by their names."""
-    names = (path.name.removeprefix("step-") for path in checkpoints.glob("step-*"))
-    return [int(name) for name in names if name.isdigit()]
 
 
 def finite(value: Any) -> Any:

@@ -13,6 +13,7 @@ from fpdm.models import Denoiser, FixedPointDiT
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.training import checkpoints
 from fpdm.training.devices import whole
+from fpdm.training.rundir import PARTIAL
 
 if TYPE_CHECKING:
     from fpdm.training.loop import Trainer
@@ -33,7 +34,7 @@ class Saver:
         if self.accelerator.is_main_process:
             with self._writing("a line of the log"):
                 self.dir.append_log(entry)
-        numbers = {key: value for key, value in scalars(entry).items() if key not in ("step", "seconds")}
+        numbers = {key: value for key, value in scalars(entry).items() if key not in ("step", "seconds", PARTIAL)}
         self.accelerator.log(numbers, step=entry["step"])
 
     def save_grid(self) -> None:
@@ -91,7 +92,7 @@ class Saver:
                 run.meters.restore(state["meters"])
                 run.guard.restore(state["guard"])
         if self.accelerator.is_main_process:
-            self.dir.cut_log(run.step)
+            self.dir.cut_log(run.step, run.config.optimizer.steps)
         self.accelerator.wait_for_everyone()
 
     def export(self) -> None:
