@@ -64,7 +64,7 @@ def test_the_demo_makes_its_table_and_picture(tmp_path):
     demo = [sys.executable, "-m", "fpdm", "demo", "--out", str(tmp_path), "--steps", "3"]
     said = subprocess.run(demo, check=True, capture_output=True, timeout=120, text=True).stdout
     spent = [line.split() for line in said.splitlines() if " x " in line and line.strip()[0].isdigit()]
-    assert [(row[0], row[-3]) for row in spent] == [("12", "12"), ("48", "48"), ("160", "160")]
+    assert [(row[0], row[-3]) for row in spent] == [("12", "12"), ("48", "48"), ("192", "192")]
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 

@@ -119,7 +119,7 @@ TABLES = {
 }
 
 GROUNDS = {
-    "digits": Ground("digits", {"steps": 2800}),
+    "digits": Ground("digits"),
     "fashion-mnist": Ground(
         "fashion_mnist", {"steps": 5000}, data="the folder of the four IDX files", split="test", seeds=(0,)
     ),
