@@ -16,7 +16,7 @@ from tests.training.processes import command, start
 
 SIZES = {
     "hidden_size": 16, "num_heads": 2, "patch_size": 4, "batch_size": 8, "steps": 12, "warmup": 3, "log_every": 4,
-    "no_grad_max": 2, "with_grad_max": 2,
+    "num_pre": 1, "num_core": 1, "num_post": 1, "no_grad_max": 2, "with_grad_max": 2, "warm_share": 0.0,
 }  # fmt: skip
 GROUND = Ground("digits", SIZES, seeds=(0, 1), chosen_on=60, reported_on=100)
 MODELS = {"looped": Model("Looped"), "plain": Model("Plain", {"network": "dit", "depth": 2})}

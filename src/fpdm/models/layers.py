@@ -32,7 +32,7 @@ def timestep_frequencies(t: Tensor, width: int, max_period: float = 10000.0) -> 
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps (B,) to vectors (B, D): sinusoidal features, then a two-layer MLP."""
+    """Timesteps (B,) to vectors (B, D): sinusoidal features, rounded to `dtype`, then a two-layer MLP."""
 
     def __init__(self, width: int, frequencies: int = 256):
         super().__init__()
