@@ -7,7 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fpdm.sampling import REUSE, SCHEDULERS, Guidance, Stepper, cost_of, image_generators, initial_noise, make_plan
+from fpdm.sampling import (
+    REUSE,
+    SCHEDULERS,
+    Guidance,
+    Stepper,
+    cost_of,
+    image_generators,
+    initial_noise,
+    make_plan,
+    sampler,
+)
 from tests.sampling.tiny import CALM, DIT, MODEL, SOLVERS_TESTED, TEMPLATE, count_blocks, run, tiny
 
 # What is spent
@@ -214,3 +224,12 @@ def test_keyed_noise_is_standard_normal_and_its_own_for_every_image():
     assert len({tuple(image.flatten().tolist()) for image in noise}) == 200
     assert torch.equal(initial_noise(MODEL, image_generators(0, [150]))[0], noise[150])
     assert not any(torch.equal(initial_noise(MODEL, image_generators(1, [150]))[0], image) for image in noise)
+
+
+def test_the_counting_of_operations_is_not_in_the_seconds(monkeypatch):
+    """A network is counted when it is first met, which takes longer than a small drawing does."""
+    events, counting, clock = [], sampler.operations_of, sampler.time.perf_counter
+    monkeypatch.setattr(sampler, "operations_of", lambda model: events.append("counted") or counting(model))
+    monkeypatch.setattr(sampler.time, "perf_counter", lambda: events.append("clock") or clock())
+    run(MODEL)
+    assert events == ["counted", "clock", "clock"]

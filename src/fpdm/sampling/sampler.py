@@ -95,11 +95,11 @@ def course(
     on_step     called with (index, timestep, x) after each timestep; may return an x to go on with
     """
     stepper = Stepper(template, scheduler, plan.num_steps, model.config.learned_variance)
+    costs = cost_of(model), operations_of(model)  # before the clock starts: a network is counted when it is first met
     x, started = noise.float(), time.perf_counter()
     y = torch.full((len(x),), model.null_class, device=x.device) if labels is None else labels.to(x.device)
     null = torch.full_like(y, model.null_class)
     carry, purse = Carry(reuse), Purse(len(x), tolerance, pooled)
-    costs = cost_of(model), operations_of(model)
     solutions: list[Solution | None] = []
 
     for index, (t, iterations) in enumerate(zip(stepper.timesteps, plan.iterations, strict=True)):
