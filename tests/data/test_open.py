@@ -1,5 +1,6 @@
 """What a word on the command line means, with a kind and without, and what all sources have in common."""
 
+import io
 import multiprocessing
 
 import numpy as np
@@ -69,6 +70,25 @@ def test_every_kind_holds_the_same_images(places, kind):
     assert sorted(number_of(source.load(i)[0]) for i in range(len(source))) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("kind", ["folder", "datasets", "shards"])
+def test_every_kind_reads_large_photographs_at_the_size_that_is_wanted(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("FPDM_CACHE", str(tmp_path / "cache"))
+    file = io.BytesIO()
+    Image.linear_gradient("L").save(file, "JPEG")  # 256 x 256
+    place = tmp_path / "images"
+    if kind == "folder":
+        place.mkdir()
+        (place / "0.jpg").write_bytes(file.getvalue())
+    elif kind == "datasets":
+        datasets = pytest.importorskip("datasets")
+        rows = {"image": [{"bytes": file.getvalue(), "path": None}]}
+        datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()})).save_to_disk(place)
+    else:
+        place.mkdir()
+        write_tar(place / "0.tar", ("0.jpg", file.getvalue()))
+    assert [open_images(str(place), size=size).load(0)[0].width for size in (None, 8, 32, 64)] == [256, 32, 128, 256]
+
+
 @pytest.mark.parametrize(("asked", "there"), CONTRADICTIONS)
 def test_another_kind_than_is_there_is_refused_by_name(places, asked, there):
     with pytest.raises(ValueError, match=rf"It looks like .*: ask for kind '{there}'$") as refusal:
@@ -114,7 +134,7 @@ def test_a_name_on_the_hub(places, monkeypatch):
     monkeypatch.setattr("fpdm.data.open.hub_images", lambda *arguments: asked.append(arguments))
     open_images("hub:some/where", 1, "validation[:10%]")
     open_images("some/where", kind="datasets")
-    assert asked == [("some/where", "validation[:10%]", 1), ("some/where", "train", 3)]
+    assert asked == [("some/where", "validation[:10%]", 1, None), ("some/where", "train", 3, None)]
 
 
 def test_a_folder_of_shards_may_hold_what_tells_of_them(places, tmp_path):

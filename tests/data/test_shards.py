@@ -148,8 +148,9 @@ def test_samples_that_are_unclear_are_refused_by_name(tmp_path, members, text):
 def test_the_image_of_a_sample(tmp_path):
     beside = [("a.seg.png", b""), ("a.png", picture(0))]
     alone = [("b.v2.png", picture(1)), ("b.txt", b"")]
-    write_tar(tmp_path / "a.tar", *beside, *alone, ("c.txt", b"no image"))
-    source = Shards(tmp_path)
+    write_tar(tmp_path / "a.tar", *beside, *alone, ("c.txt", b"no image"), ("c.heic", b""), ("d", b""))
+    with pytest.warns(UserWarning, match=r"are left out, 1 in .*, such as a\.tar/c\.txt, c\.heic\. "):
+        source = Shards(tmp_path)
     assert source.names == ["a.png", "b.v2.png"]
     assert numbers(source) == [0, 1]
 
@@ -164,8 +165,9 @@ def test_shards_with_and_without_labels_do_not_go_together(tmp_path):
 def test_a_shard_without_images_is_passed_over(tmp_path):
     write_shards(tmp_path, 2, 2)
     write_tar(tmp_path / "data-000a.tar", ("a.txt", b"no image"))
-    assert Shards(tmp_path).chunks == (2, 2)
-    with pytest.raises(ValueError, match="hold no images"):
+    with pytest.warns(UserWarning, match=r"left out, 1 in .*, such as data-000a\.tar/a\.txt"):
+        assert Shards(tmp_path).chunks == (2, 2)
+    with pytest.raises(ValueError, match=r"hold no images: .* 1 samples without, such as data-000a\.tar/a\.txt"):
         Shards(tmp_path / "data-000a.tar")
 
 
@@ -352,7 +354,8 @@ def test_an_index_made_where_fewer_formats_are_known_is_made_again(tmp_path, mon
     write_tar(tmp_path / "a.tar", ("a.png", picture(0)), ("b.jfif", picture(1)))
     with monkeypatch.context() as patch:
         patch.setattr("fpdm.data.tars.EXTENSIONS", (".png",))
-        assert Shards(tmp_path).names == ["a.png"]
+        with pytest.warns(UserWarning, match="left out"):
+            assert Shards(tmp_path).names == ["a.png"]
     assert Shards(tmp_path).names == ["a.png", "b.jfif"]
 
 

@@ -13,6 +13,7 @@ from PIL import Image, features
 
 from fpdm.data import ArraySource, BrokenImage, ImageFolder, digits, idx_folder, read_image
 from fpdm.data.arrays import read_idx
+from fpdm.data.transforms import central
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -249,6 +250,34 @@ def test_a_photograph_is_turned_upright(tmp_path):
     Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
     image, _ = ImageFolder(tmp_path, channels=1).load(0)
     assert np.array_equal(np.asarray(image), np.rot90(stored, -1))
+
+
+@pytest.mark.parametrize("size", [None, 16, 24, 32, 64, 256])
+def test_a_large_photograph_is_read_smaller_and_comes_out_the_same(size, tmp_path):
+    astronaut = pytest.importorskip("skimage.data").astronaut()  # 512 x 512
+    Image.fromarray(astronaut).save(tmp_path / "a.jpg", quality=95)
+    whole, read = (read_image(tmp_path / "a.jpg", "a.jpg", wanted) for wanted in (None, size))
+    assert read.width == {None: 512, 16: 64, 24: 128, 32: 128, 64: 256, 256: 512}[size]  # at least 4 times the size
+    if size is not None:
+        there, here = (np.asarray(central(image, size)).astype(int) for image in (whole, read))
+        assert np.abs(there - here).mean() < 2  # of 255; each halving rounds, too
+
+
+def test_what_is_small_or_no_jpeg_is_read_as_it_is(tmp_path):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 63, 3), np.uint8))
+    for name, size in (("a.jpg", 8), ("a.png", 1), ("a.webp", 1)):
+        image.save(tmp_path / name, quality=90)
+        read = [np.asarray(read_image(tmp_path / name, name, wanted)) for wanted in (None, size)]
+        assert np.array_equal(*read)
+
+
+def test_a_large_photograph_is_turned_upright_too(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.linear_gradient("L").resize((128, 64)).save(tmp_path / "a.jpg", exif=exif)  # black above, white below
+    read = read_image(tmp_path / "a.jpg", "a.jpg", 4)
+    assert read.size == (16, 32)
+    assert np.asarray(read)[:, 0].min() > 240  # what was below is at the left
 
 
 def test_sixteen_bits_keep_their_range(tmp_path):

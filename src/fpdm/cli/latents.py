@@ -43,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
 
     dtype, processes = dtype_of(options.dtype), join_processes(options.device)
     vae, autoencoder = open_autoencoder(options.vae)
-    source = open_images(options.source, split=options.split)
+    source = open_images(options.source, split=options.split, size=options.image_size)
     vae.to(processes.device, dtype)
     encoder = Encoder(
         source,

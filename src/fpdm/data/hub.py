@@ -17,12 +17,13 @@ from fpdm.names import needs, unknown
 LABELS = ("label", "labels")  # what a column of numbers is called if they are classes
 
 
-def hub_images(name: str | Path, split: str = "train", channels: int = 3) -> "HubImages":
+def hub_images(name: str | Path, split: str = "train", channels: int = 3, size: int | None = None) -> "HubImages":
     """The images of a data set on the hub, "organisation/name" or "organisation/name:configuration"; of a folder that
     `save_to_disk` wrote; or of a local folder or file that `load_dataset` opens.
 
     split     any that the data set has
     channels  1 or 3: images are converted to grey or RGB
+    size      pixels of the squares that they will be made into: see `read_image`
 
     Raises ValueError for what cannot be opened or has no column of images, ImportError if `datasets` is missing.
     """
@@ -30,7 +31,7 @@ def hub_images(name: str | Path, split: str = "train", channels: int = 3) -> "Hu
     check_channels(channels)
     data = open_split(Path(name), str(name), split)
     try:
-        return HubImages(data, channels)
+        return HubImages(data, channels, size)
     except ValueError as error:
         raise ValueError(f"{name}, split {split!r}: {error}") from error
 
@@ -42,7 +43,7 @@ class HubImages:
     Raises ValueError, naming the columns, if there is no such choice.
     """
 
-    def __init__(self, data: Any, channels: int = 3):
+    def __init__(self, data: Any, channels: int = 3, size: int | None = None):
         from datasets import Image as Encoded
 
         column = _only_column(data, Encoded, "images")
@@ -50,7 +51,7 @@ class HubImages:
             raise ValueError(f"it has no column of images, only: {_columns(data)}")
         if not len(data):
             raise ValueError("it holds no images: choose another split")
-        self.column, self.channels = column, channels
+        self.column, self.channels, self.size = column, channels, size
         self.chunks: tuple[int, ...] = (len(data),)
         # As they are stored: what `datasets` decodes is neither upright nor of 8 bits, and fails without a name.
         self.rows = data.with_format(None).select_columns([column]).cast_column(column, Encoded(decode=False))
@@ -67,7 +68,7 @@ class HubImages:
         return len(self.rows)
 
     def load(self, index: int) -> tuple[Image.Image, int]:
-        image = read_image(self._content(index), f"row {index}")
+        image = read_image(self._content(index), f"row {index}", self.size)
         return with_channels(image, self.channels), int(self.labels[index])
 
     def _content(self, index: int) -> Path | bytes:

@@ -23,7 +23,9 @@ HUB = "hub:"
 SAVED = ("dataset_dict.json", "dataset_info.json", "state.json")  # by `datasets`
 
 
-def open_images(place: str, channels: int = 3, split: str = "train", kind: str = "auto") -> Source:
+def open_images(
+    place: str, channels: int = 3, split: str = "train", kind: str = "auto", size: int | None = None
+) -> Source:
     """The images that a word on the command line means: "digits", an `.npz` file, a folder of IDX files or of images,
     tar files (see `Shards`), a folder that `datasets` saved, or "hub:organisation/name".
 
@@ -31,6 +33,8 @@ def open_images(place: str, channels: int = 3, split: str = "train", kind: str =
     split     "train" or "test" of IDX files, any that there is of a data set of `datasets`; other data has one part
               only, "train"
     kind      one of `KINDS`; "auto" looks at what is there
+    size      pixels of the squares that image files will be made into, if that is known: large ones are then read
+              faster (see `read_image`)
 
     Raises ValueError if there are none, or they are of another kind; ImportError if `datasets` is needed and missing.
     """
@@ -47,11 +51,11 @@ def open_images(place: str, channels: int = 3, split: str = "train", kind: str =
         raise ValueError(f"there is no {place}: name a folder of images or IDX files, an .npz file, {others}")
     opened: dict[str, Callable[[], Source]] = {
         "digits": lambda: _digits(place),
-        "folder": lambda: ImageFolder(place, channels),
+        "folder": lambda: ImageFolder(place, channels, size),
         "idx": lambda: idx_folder(place, split),
         "npz": lambda: npz_file(place),
-        "datasets": lambda: hub_images(place.removeprefix(HUB), split, channels),
-        "shards": lambda: Shards(place, channels),
+        "datasets": lambda: hub_images(place.removeprefix(HUB), split, channels, size),
+        "shards": lambda: Shards(place, channels, size),
     }
     try:
         return opened[meant]()

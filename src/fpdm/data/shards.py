@@ -14,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from fpdm.data.fetch import fetched
-from fpdm.data.sources import BrokenImage, check_channels, read_image, spaced, with_channels
+from fpdm.data.sources import EXTENSIONS, BrokenImage, check_channels, read_image, spaced, with_channels
 from fpdm.data.tars import Index, index_of
 from fpdm.files import read_json
 
@@ -31,23 +31,19 @@ class Shards:
     place     a tar file, a folder of them, or several: "data-{000..012}.tar", "data-*.tar"; also http(s) URLs with
               braces, which are fetched whole into the cache
     channels  1 or 3: images are converted to grey or RGB
+    size      pixels of the squares that they will be made into: see `read_image`
 
-    A shard that ends early is named in a warning, and its whole samples are used. Raises ValueError, naming the shard,
-    for one that is missing or unreadable.
+    A shard that ends early is named in a warning, and its whole samples are used; another counts the samples without an
+    image. Raises ValueError, naming the shard, for one that is missing or unreadable.
     """
 
-    def __init__(self, place: str | Path, channels: int = 3):
+    def __init__(self, place: str | Path, channels: int = 3, size: int | None = None):
         check_channels(channels)
         paths = tqdm(shard_paths(str(place)), "indexing shards", unit="shard", leave=False, delay=2, disable=None)
         found = [(path, index_of(path)) for path in paths]
-        for path, index in found:
-            if index.fault is not None:
-                used = f"its first {len(index.names)} samples are used"
-                warnings.warn(f"{path} ends early ({index.fault}): {used}. Remove it and fetch it again", stacklevel=2)
+        _tell_what_is_left_out(str(place), found)
         found = [(path, index) for path, index in found if index.names]
-        if not found:
-            raise ValueError(f"the shards {place} hold no images: a sample has one with its own name, such as 0001.jpg")
-        self.channels = channels
+        self.channels, self.size = channels, size
         self.paths = [path for path, _ in found]
         self.chunks = tuple(len(index.names) for _, index in found)
         self.names = [name for _, index in found for name in index.names]
@@ -68,7 +64,7 @@ class Shards:
             content = self._content(index)
         except OSError as error:
             raise BrokenImage(f"{name}: {error}") from error
-        return with_channels(read_image(content, name), self.channels), int(self.labels[index])
+        return with_channels(read_image(content, name, self.size), self.channels), int(self.labels[index])
 
     def _shard(self, index: int) -> Path:
         return self.paths[int(np.searchsorted(self._ends, index, side="right"))]
@@ -130,6 +126,27 @@ def braces(pattern: str) -> list[str]:
     before, after = pattern[: found.start()], pattern[found.end() :]
     # Once each: braces within braces are expanded first, and what is beside them comes with each of their words.
     return list(dict.fromkeys(each for word in words for each in braces(before + word + after)))
+
+
+def _tell_what_is_left_out(place: str, found: list[tuple[Path, Index]]) -> None:
+    """Warns of shards that end early and of samples without an image. Raises ValueError if no sample has one."""
+    for path, index in found:
+        if index.fault is not None:
+            used = f"its first {len(index.names)} samples are used"
+            warnings.warn(f"{path} ends early ({index.fault}): {used}. Remove it and fetch it again", stacklevel=3)
+    without = sum(index.without for _, index in found)
+    example = next((f", such as {path.name}/{index.example}" for path, index in found if index.without), "")
+    if not any(index.names for _, index in found):
+        raise ValueError(
+            f"the shards {place} hold no images: a sample has one with its own name, 0001.jpg for one, and here are "
+            f"{without} samples without{example}"
+        )
+    if without:
+        warnings.warn(
+            f"samples without an image are left out, {without} in {place}{example}. Images are known by their names "
+            f"({', '.join(EXTENSIONS)})",
+            stacklevel=3,
+        )
 
 
 def _labels(found: list[tuple[Path, Index]]) -> np.ndarray | None:

@@ -18,7 +18,7 @@ from fpdm.data.arrays import MOST_CLASSES
 from fpdm.data.sources import EXTENSIONS
 from fpdm.files import cache_folder, read_json, write_json
 
-FORMAT = 1  # of the kept indexes: older ones are made again
+FORMAT = 2  # of the kept indexes: older ones are made again
 NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # key, suffix
 META = re.compile(r"__[^/]*__($|/)")  # about the shard, not a sample
 GZIP = b"\x1f\x8b"
@@ -32,6 +32,8 @@ class Index:
     offsets  of their first bytes in the shard
     sizes    of them, in bytes
     labels   of the samples; None where none has a label
+    without  how many other samples have no image
+    example  the files of one of these; "" if there are none
     fault    why the shard ends before its end; None for a whole one
     """
 
@@ -39,6 +41,8 @@ class Index:
     offsets: list[int]
     sizes: list[int]
     labels: list[int] | None
+    without: int
+    example: str
     fault: str | None
 
 
@@ -89,12 +93,14 @@ def make_index(path: Path) -> Index:
     """The index of a shard, read off its members: see `index_of`."""
     members, fault = read_members(path)
     samples = [list(group) for _, group in groupby(members, key=lambda member: member.key)]
-    images, labels = [], []
+    images, labels, others = [], [], []
     with path.open("rb") as file:
         for sample in samples[:-1] if fault else samples:  # of the last one, members may be missing
-            if (image := image_of(sample, path)) is not None:
-                images.append(image)
-                labels.append(label_of(sample, path, file))
+            if (image := image_of(sample, path)) is None:
+                others.append(", ".join(member.name for member in sample))
+                continue
+            images.append(image)
+            labels.append(label_of(sample, path, file))
     if None in labels and len(set(labels)) > 1:
         without = images[labels.index(None)].key
         raise ValueError(
@@ -105,6 +111,8 @@ def make_index(path: Path) -> Index:
         [image.offset for image in images],
         [image.size for image in images],
         None if None in labels else [label for label in labels if label is not None],
+        len(others),
+        others[0] if others else "",
         fault,
     )
 

@@ -77,12 +77,13 @@ class Instrument:
 
         Raises ValueError for what is unknown, missing, or does not fit together; ImportError for a missing package.
         """
-        source = open_images(data, channels, split)
+        source = open_images(data, channels, split, size=size)
         check_count(len(source), data)
         features = features or default_features(source, size)
         path = None if statistics is None else Path(statistics)
         check_writable(cache if path is None else path.parent)
-        learned_from = open_images(data, channels) if features == "classifier" and split != "train" else source
+        learn = features == "classifier" and split != "train"
+        learned_from = open_images(data, channels, size=size) if learn else source
         extractor = make_extractor(features, weights, device, learned_from, size, cache)
         if remake := path is None:
             identity = json.dumps(identity_of(source, size, extractor), sort_keys=True)

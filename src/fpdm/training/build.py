@@ -142,7 +142,11 @@ def open_source(config: DataConfig) -> Source:
                          "with --data PATH")  # fmt: skip
     place = config.data or "digits"
     latents = config.source == "latents" or (config.source == "auto" and holds_latents(Path(place)))
-    source: Source = LatentFolder(place) if latents else open_images(place, config.channels, kind=config.source)
+    source: Source = (
+        LatentFolder(place)
+        if latents
+        else open_images(place, config.channels, kind=config.source, size=config.image_size)
+    )
     if config.classes is not None and len(source.class_names) != config.classes:
         raise ValueError(f"{place} has {len(source.class_names)} classes, and this recipe is for {config.classes}")
     for index in range(min(FIRST_LOOK, len(source))):
