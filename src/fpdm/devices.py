@@ -27,6 +27,14 @@ class Processes:
         if self.count > 1:
             torch.distributed.barrier()
 
+    def together(self, found: list[Any]) -> list[Any]:
+        """What each process has found, in one list, the same in all."""
+        if self.count == 1:
+            return found
+        lists: list[list[Any]] = [[]] * self.count
+        torch.distributed.all_gather_object(lists, found)
+        return [one for some in lists for one in some]
+
     def first(self, work: Callable[[], Any]) -> None:
         """Have the main process do something that may be refused, the others waiting. Where it is refused, the main one
         raises what it was, and the others end without a word."""

@@ -286,14 +286,15 @@ def test_the_same_images_give_the_same_files_so_that_a_run_can_go_on_with_a_shar
 
 def test_processes_share_the_shards_and_leave_those_of_others_alone(vae, images, made, tmp_path):
     network, autoencoder = open_autoencoder(vae)
-    done, missing = [], [0, 1, 2]  # as all find before one begins
+    done = []
     for process in (3, 1, 2, 0):  # of which one has no shard
         encoder = Encoder(
             ImageFolder(images), network, autoencoder, tmp_path / "out", SIZE, True, process=(process, 4),
             on_image=done.append,
         )  # fmt: skip
         encoder.claim()
-        encoder.run(missing)
+        assert encoder.missing() == ([process] if process < 3 else [])  # of its own, whatever others have done
+        encoder.run()
     assert done == [3, 2, 3]
     encoder.finish()
     assert latents_in(tmp_path / "out") == latents_in(made)

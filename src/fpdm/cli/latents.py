@@ -63,12 +63,12 @@ def run(options: argparse.Namespace) -> int:
         encoder.claim()
 
     processes.first(begin)
-    missing = encoder.missing()
-    processes.wait()  # until all have looked
+    # Each looks for damage in its own shards, which are many gigabytes; what is missing is shared out evenly.
+    missing = sorted(processes.together(encoder.missing()))
     share = min(len(source), len(missing) * SHARD) // processes.count
     with tqdm(total=share, unit="image", disable=not processes.main) as bar:
         encoder.on_image = bar.update
-        encoder.run(missing)
+        encoder.run(missing[processes.index :: processes.count])
     processes.wait()
     if processes.main:
         broken = encoder.finish()

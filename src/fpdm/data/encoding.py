@@ -52,7 +52,7 @@ class Encoder:
     """Encodes `source` into `out`, square images of `size` pixels.
 
     mirrored    whether mirrored images are encoded, too
-    process     number of this process and of all: each makes every so-manieth shard
+    process     number of this process and of all: each looks after every so-manieth shard
     on_image    called with the number of images done
 
     Raises ValueError if `out` holds latents of something else, or the size does not fit the autoencoder.
@@ -102,15 +102,15 @@ class Encoder:
         write_json(path, self.request)
 
     def missing(self) -> list[int]:
-        """The shards that are not there yet, or damaged. Where several processes work, all ask before one begins."""
+        """Of this process's shards those that are not there yet, or damaged."""
+        process, processes = self.process
         checksums = self._checksums()
-        return [number for number in self.shards if not self._is_done(number, checksums)]
+        return [number for number in self.shards[process::processes] if not self._is_done(number, checksums)]
 
     @torch.no_grad()
-    def run(self, missing: list[int] | None = None) -> None:
-        """Make this process's share of the shards that are missing."""
-        process, processes = self.process
-        for number in (self.missing() if missing is None else missing)[process::processes]:
+    def run(self, numbers: list[int] | None = None) -> None:
+        """Make these shards; those of this process that are missing if none are named."""
+        for number in self.missing() if numbers is None else numbers:
             images = range(number * SHARD, min(len(self.source), (number + 1) * SHARD))
             path = self.out / NAME.format(number)
             tensors, broken = self._encoded(images)
