@@ -6,6 +6,7 @@ Distances are made up here, so that a test can say which plan is the best; `fpdm
 import dataclasses
 import json
 import shutil
+from itertools import product
 from zlib import crc32
 
 import pytest
@@ -93,6 +94,16 @@ def test_the_second_round_varies_the_best_of_each_scheduler(models, bench, tmp_p
         # A ramp that rises to the same iterations is the same plan.
         assert {c.allocation for c in tried if c.scheduler == name} == {"constant", "linear:-1"}
     assert len(set(tried) & {choices for choices, _ in bench.round(1)}) == len(SCHEDULERS), "as they were"
+
+
+def test_where_every_timestep_has_one_iteration_another_solver_would_draw_the_same(models, bench, tmp_path):
+    bench.distance = preferring(num_inference_steps=20)
+    tune(models["looped"], tmp_path / "out", [60])
+    tried = [(choices, plan) for choices, plan in bench.round(2) if choices.num_inference_steps == 20]
+    assert {plan.iterations for _, plan in tried} == {(1,) * 20}
+    assert {choices.solver for choices, _ in tried} == {"picard"}
+    kinds = ("none", "plain", "linear", "quadratic")
+    assert {(choices.scheduler, choices.reuse) for choices, _ in tried} >= set(product(SCHEDULERS, kinds))
 
 
 def test_each_scheduler_has_its_best_plan_and_its_best_by_hand_in_the_last_round(models, bench, tmp_path):

@@ -138,7 +138,8 @@ class Tuner:
             except ValueError:
                 continue
             reuse = REUSE[min(REUSE.index(choices.reuse), plan.num_steps - 1)]  # there are no more solutions than that
-            alike = (plan.iterations, choices.scheduler, reuse, choices.solver)
+            once = all(count in (None, 1) for count in plan.iterations)  # the first iteration of any solver is Picard's
+            alike = (plan.iterations, choices.scheduler, reuse, "picard" if once else choices.solver)
             kept.setdefault(alike, choices)
         return list(kept.values())
 
