@@ -1,14 +1,18 @@
 """`fpdm evaluate` as its users meet it: what it writes, that it goes on, and what it refuses before it draws."""
 
+import gc
 import json
 import shutil
 import sys
+import weakref
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from fpdm import drawing
 from fpdm.cli.main import main
 from fpdm.data import digits, write_npz
 from fpdm.evaluation import Evaluation
@@ -392,6 +396,57 @@ def test_the_result_may_not_be_below_the_samples_either(folder, capsys):
     first = evaluate(folder, "--out", folder / "result")
     second = evaluate(folder, "--out", folder / "result")
     assert first == second, capsys.readouterr().err
+
+
+def test_samples_are_no_part_of_the_real_images(evaluated, folder, capsys):
+    said = refusal(capsys, ["evaluate", str(folder), "--data", str(folder.parent)])
+    assert "is in the folder of the real images, and counted as some of them" in said
+    assert main(["evaluate", str(folder), "--data", str(folder), "--features", "efficientnet-lite0"]) == 0
+    assert "near copies                   1" in capsys.readouterr().out
+
+
+def test_a_result_does_not_take_the_place_of_another(evaluated, folder, tmp_path, capsys):
+    assert evaluate(folder, "--out", "out") == 0
+    before = kept(tmp_path / "out")
+    shutil.copytree(folder, "others")
+    assert "evaluation-classifier.json is there, and of the samples samples" in refused(
+        capsys, "others", "--out", "out"
+    )
+    assert kept(tmp_path / "out") == before
+    shutil.copytree(evaluated, "of-model")
+    assert "and of the samples of-model" in refused(capsys, folder, "--out", "of-model")
+
+    np.savez("half.npz", digits().images[:900], digits().labels[:900])
+    capsys.readouterr()
+    weights = str(files("fpdm.evaluation") / "classifiers/digits.safetensors")
+    again = ["evaluate", str(folder), "--data", "half.npz", "--features", "classifier", "--weights", weights]
+    assert main([*again, "--out", "out"]) == 0
+    assert "evaluation-classifier.json was against digits, and is replaced" in capsys.readouterr().out
+    (tmp_path / "out/evaluation-classifier.json").write_text("{")
+    assert evaluate(folder, "--out", "out") == 0, "what cannot be read is no reason to lose what was measured"
+    assert kept(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"report": {}}', "{"])
+def test_a_report_that_is_none_is_named(evaluated, tmp_path, capsys, text):
+    shutil.copytree(evaluated, "drawn")
+    (tmp_path / "drawn/report.json").write_text(text)
+    assert "drawn/report.json is no report of fpdm, or damaged" in refused(capsys, "drawn")
+
+
+def test_one_network_at_a_time_is_held(model, tmp_path, monkeypatch):
+    """Beside the one that draws, the one that only told its size would take as much memory."""
+    held, load = weakref.WeakSet(), drawing.load_pipeline
+
+    def loaded(*arguments, **options):
+        gc.collect()
+        assert not len(held)
+        pipe = load(*arguments, **options)
+        held.add(pipe.transformer)
+        return pipe
+
+    monkeypatch.setattr(drawing, "load_pipeline", loaded)
+    assert evaluate(model, "--out", "out", *DRAWING) == 0
 
 
 def test_a_mistyped_folder_of_samples_is_not_taken_for_a_model(folder, capsys):

@@ -139,6 +139,8 @@ def test_the_tuned_plan_that_a_sampling_would_take_is_listed(models, capsys):
     assert rows["tuned: unipc, reuse plain, picard"][:3] == ["40", "2", "160"]
     rows, _ = plan(capsys, "--budget", 41, "--model", models["tuned"])
     assert rows["tuned for 40: ddim, reuse linear, anderson:2"][2] == "41"
+    rows, _ = plan(capsys, "--budget", 40, "--model", models["tuned"], "--scheduler", "ddim")
+    assert not [name for name in rows if name.startswith("tuned")], "a sampling leaves it out"
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,13 @@ def test_what_cannot_be_is_refused_and_nothing_is_left_behind(
     assert not Path("out").exists(), sorted(map(str, contents(Path("out"))))
 
 
+def test_the_real_images_are_no_place_for_a_sweep(models, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").touch()
+    said = refused(models["looped"], "--data", str(tmp_path / "photos"), out=tmp_path / "photos/sweep", captured=capsys)
+    assert "is in the folder of the real images" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -266,6 +273,7 @@ def test_two_processes_make_the_points_of_one_and_an_error_in_one_keeps_what_was
         patch.setattr(sweep, "computed", torn_after_planning)
         said = refused(*models.values(), broken, "--processes", "2", out=out, captured=capfd)
     assert f"the model {broken} cannot be opened" in said
+    assert (out / "report.html").is_file(), "of the points that were finished"
     wait_for(lambda: not multiprocessing.active_children())
     kept, found = times_of(out), points_in(out)
     assert found.items() <= points_in(whole).items()

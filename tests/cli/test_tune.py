@@ -144,6 +144,23 @@ def test_what_cannot_be_is_one_clear_message_and_nothing_is_left(
     assert Path("file").read_text() == "mine"
 
 
+def test_a_model_that_cannot_be_written_to_is_refused_before_the_search(model, capsys, tmp_path, monkeypatch):
+    def check(path):
+        if Path(path) == model:
+            raise OSError(f"{path} cannot be written to")
+
+    monkeypatch.setattr(tuning, "check_writable", check)
+    monkeypatch.setattr(tuning, "profiled", lambda *_: pytest.fail("it searches"))
+    assert "cannot be written to" in refused(capsys, model, "--budget", 5, "--out", tmp_path / "out")
+
+
+def test_the_real_images_are_no_place_for_measurements(model, capsys, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").touch()
+    options = ["--budget", 5, "--data", tmp_path / "photos", "--out", tmp_path / "photos/tune"]
+    assert "is in the folder of the real images" in refused(capsys, model, *options)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

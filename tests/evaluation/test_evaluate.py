@@ -141,6 +141,46 @@ def test_copies_of_real_images_are_told(instrument):
     assert copies["FD-classifier"].value < copies["FD-classifier"].floor
 
 
+def test_copies_are_told_among_real_images_that_are_there_twice(cache):
+    twice = np.concatenate([SHOWN, SHOWN[:30]])
+    data = saved(cache / "twice.npz", DIGITS.images[twice], DIGITS.labels[twice])
+    instrument = Instrument.open(data, 8, features="classifier", weights=CARRIED, cache=cache)
+    copies = measured(instrument, real(SHOWN[100:300]))["near copies"]
+    assert copies.value == 1
+    assert copies.floor == pytest.approx(60 / 630 + 0.01 * 570 / 630, abs=0.003), "those, and the nearest of the others"
+    assert measured(instrument, real())["near copies"].high < 0.1
+
+
+def test_without_classes_a_perfect_model_is_at_the_floor_too(projected):
+    """Two classes that are far apart: how many there are of each is then most of a distance."""
+    images = np.random.default_rng(0).integers(0, 40, (2000, 8, 8), np.uint8)
+    images[1::2] += 200
+    instrument = projected(ArraySource(images, np.arange(2000) % 2, ["dark", "light"]))
+    chance, floors = np.random.default_rng(1), []
+    for labels in (None, np.arange(200) % 2):
+        values = []
+        for _ in range(20):
+            drawn = chance.integers(0, 40, (200, 8, 8), np.uint8)
+            drawn[(chance.random(200) < 0.5) if labels is None else labels == 1] += 200
+            found = measured(
+                instrument, Samples(ArraySource(drawn, labels, [] if labels is None else ["dark", "light"]), 8)
+            )
+            values.append(found.measures[0].value)
+        floors.append(found.measures[0].floor)
+        assert floors[-1] / 8 < np.mean(values) < 8 * floors[-1]
+    assert floors[0] > 2 * floors[1]
+
+
+def test_what_is_there_needs_no_place_to_write_to(cache, instrument, monkeypatch):
+    path = cache / "kept/statistics.safetensors"
+    asked = {"features": "classifier", "weights": CARRIED, "cache": cache, "statistics": path}
+    Instrument.open(instrument.name, 8, **asked)
+    for module_ in (module, reference, classifier):
+        monkeypatch.setattr(module_, "check_writable", lambda *_: pytest.fail("it wants to write"))
+    assert Instrument.open(instrument.name, 8, **asked).reference.identity == instrument.reference.identity
+    Instrument.open(instrument.name, 8, **{**asked, "statistics": None})
+
+
 def test_a_few_copies_among_others_show_as_such(instrument):
     numbers = OTHERS.copy()
     numbers[:40] = SHOWN[100:140]

@@ -496,6 +496,17 @@ def test_other_data_has_a_classifier_of_its_own_which_is_kept(tmp_path, short, m
             make_extractor("classifier", None, "cpu", other, size, tmp_path / "cache")
 
 
+def test_a_damaged_classifier_in_the_cache_is_made_anew(tmp_path, short):
+    source = noise_source(200)
+    make_extractor("classifier", None, "cpu", source, 8, tmp_path)
+    (kept,) = tmp_path.glob("classifier-*.safetensors")
+    whole = kept.read_bytes()
+    kept.write_bytes(whole[:-100])
+    with pytest.warns(UserWarning, match=f"{kept.name} in the cache is damaged, and made anew"):
+        make_extractor("classifier", None, "cpu", source, 8, tmp_path)
+    assert kept.read_bytes() == whole
+
+
 @pytest.mark.parametrize(("size", "channels"), [(5, 1), (16, 3)])
 def test_other_sizes_and_colours(short, size, channels):
     source = noise_source(200, size=size, channels=channels)

@@ -10,6 +10,7 @@ there.
 """
 
 import argparse
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,16 +50,44 @@ def run(options: argparse.Namespace) -> int:
     out = None if options.out is None else Path(options.out)
     if out is not None:
         check_writable(out)
-        if is_inside(out, Path(options.data)):
-            raise ValueError(f"{out} is in the folder of the real images, which it would join: choose another --out")
+        refuse_inside(out, options.data)
     result = evaluate_samples(options, out) if is_samples(options.model) else evaluate_model(options, out)
     evaluation = result["evaluation"]
     print(evaluation)
     if out is not None:
-        path = out / f"evaluation-{result['features']}.json"
+        path = result_in(out, result["features"])
+        before = kept_in(path).get("evaluation", {})
+        if before and before.get("identity") != evaluation.identity:
+            print(f"{path} was against {before.get('real', {}).get('name')}, and is replaced")
         write_json(path, {**result, "evaluation": evaluation.to_dict()})
         print(f"written: {path}, {picture_in(out, result['features'])}")
     return 0
+
+
+def refuse_inside(out: Path, data: str) -> None:
+    """Raises ValueError for results in the folder of the real images."""
+    if is_inside(out, Path(data)):
+        raise ValueError(f"{out} is in the folder of the real images, which it would join: choose another --out")
+
+
+def refuse_other(out: Path, network: str, samples: str) -> None:
+    """Raises ValueError if `out` has an evaluation of samples of another name: a model's are those in `out` itself."""
+    path = result_in(out, network)
+    found = kept_in(path)
+    if found and (others := found.get("samples", out.name)) != samples:
+        raise ValueError(f"{path} is there, and of the samples {others}: choose another --out")
+
+
+def kept_in(path: Path) -> dict[str, Any]:
+    """The result in a file; empty without one that can be read."""
+    with suppress(OSError, ValueError):
+        if isinstance(found := read_json(path), dict):
+            return found
+    return {}
+
+
+def result_in(out: Path, network: str) -> Path:
+    return out / f"evaluation-{network}.json"
 
 
 def picture_in(out: Path, network: str) -> Path:
@@ -81,9 +110,12 @@ def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str,
     from fpdm.evaluation import open_samples
     from fpdm.machine import made_with
 
+    if path.is_dir() and path.resolve() != Path(options.data).resolve() and is_inside(path, Path(options.data)):
+        raise ValueError(f"{path} is in the folder of the real images, and counted as some of them: move it elsewhere")
     samples = open_samples(path)
     instrument = open_instrument(options, samples.size, samples.channels)
     if out is not None:
+        refuse_other(out, instrument.extractor.name, path.name)
         out.mkdir(parents=True, exist_ok=True)
     result = instrument.measure(samples, None if out is None else picture_in(out, instrument.extractor.name))
     return {
@@ -106,8 +138,11 @@ def evaluate_model(options: argparse.Namespace, out: Path | None) -> dict[str, A
     from fpdm.machine import made_with
 
     pipe = load_pipeline(folder, options.device, options.dtype)
-    instrument = open_instrument(options, side_of(pipe), channels_of(pipe))
-    instrument.check(channels_of(pipe))
+    size, channels = side_of(pipe), channels_of(pipe)
+    del pipe  # which `draw` loads again: two might not fit
+    instrument = open_instrument(options, size, channels)
+    instrument.check(channels)
+    refuse_other(out, instrument.extractor.name, out.name)
     report = draw(options)
     samples = open_samples(out, options.num_images)
     result = instrument.measure(samples, picture_in(out, instrument.extractor.name))

@@ -112,7 +112,8 @@ def listed(
             plans[allocation] = planned(options, pipe, budget=budget, num_steps=steps, allocation=allocation)
     else:  # an explicit network, or a budget that is too small, which is told
         plans[""] = planned(options, pipe, budget=budget)
-    tuned = None if pipe is None else nearest_plan(pipe.tuned_plans, budget)
+    own = () if pipe is None or options.scheduler else pipe.tuned_plans  # with a scheduler named, they are left out
+    tuned = nearest_plan(own, budget)
     if pipe is not None and tuned is not None:
         chosen = Choices(**pipe.tuned(budget))
         for_budget = "" if tuned.budget == budget else f" for {tuned.budget}"

@@ -9,7 +9,7 @@ the same command goes on, and further models, budgets and schedulers may be adde
 import argparse
 from pathlib import Path
 
-from fpdm.cli.evaluate import LEAST, add_measuring_arguments
+from fpdm.cli.evaluate import LEAST, add_measuring_arguments, refuse_inside
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.cli.sample import DTYPES, check_counts
 from fpdm.files import check_writable
@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> int:
     seeds = numbers("--seeds", options.seeds, least=0)
     out = Path(options.out)
     check_writable(out)
+    refuse_inside(out, options.data)
     needs("matplotlib", "plots")
 
     quiet_libraries()
@@ -80,9 +81,9 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nstopped: the same command goes on from here")
         status = INTERRUPTED
-    points = all_points(out)
-    if points:
-        print(f"{len(points)} points in {write_report(points, out)}")
+    finally:  # also where a point fails
+        if points := all_points(out):
+            print(f"{len(points)} points in {write_report(points, out)}")
     return status
 
 

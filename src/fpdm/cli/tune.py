@@ -10,7 +10,7 @@ on.
 import argparse
 from pathlib import Path
 
-from fpdm.cli.evaluate import LEAST, add_measuring_arguments
+from fpdm.cli.evaluate import LEAST, add_measuring_arguments, refuse_inside
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.cli.sample import check_counts
 from fpdm.cli.sweep import add_computing_arguments, check_processes, numbers, words
@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     path = named if named.exists() else Path(options.model.partition("=")[2] or options.model)
     out = Path(options.out) if options.out else path / "tune"
     check_writable(out)
+    refuse_inside(out, options.data)
     needs("matplotlib", "plots")
 
     quiet_libraries()

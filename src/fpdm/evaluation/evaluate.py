@@ -81,7 +81,8 @@ class Instrument:
         check_count(len(source), data)
         features = features or default_features(source, size)
         path = None if statistics is None else Path(statistics)
-        check_writable(cache if path is None else path.parent)
+        if path is not None and not path.is_file():
+            check_writable(path.parent)
         learn = features == "classifier" and split != "train"
         learned_from = open_images(data, channels, size=size) if learn else source
         extractor = make_extractor(features, weights, device, learned_from, size, cache)
@@ -196,12 +197,14 @@ class Instrument:
         """The classes (K,) of the images whose features are kept."""
         return np.asarray(self.source.labels)[self.reference.halves[half].numbers]
 
-    def blocks(self, x: np.ndarray) -> list[np.ndarray]:
+    def blocks(self, x: np.ndarray, classes: bool = True) -> list[np.ndarray]:
         """Sets of as many real images as there are samples, or of half of them, disjoint, at most 4. Each has the
-        classes in proportion, being a run of images of one half."""
+        classes in proportion, being a run of images of one half; without `classes`, as chance would have them."""
         runs = []
         for half in range(2):
             kept = self.kept[half]
+            if not classes:
+                kept = kept[rng_for("blocks").permutation(len(kept))]
             size = min(len(x), len(kept))
             runs += [kept[start : start + size] for start in range(0, len(kept) - size + 1, size)]
         return runs[:FLOORS]
@@ -215,10 +218,12 @@ class Instrument:
         margin = 1.96 * jackknife_error(self.distance, x, dealt(len(x), GROUPS, rng_for("frechet"), strata))
 
         def real() -> float:
-            parts = [Moments.of(block) for block in self.blocks(x)]
+            parts = [Moments.of(block) for block in self.blocks(x, classes)]
             return float(np.mean([Frechet(whole.without(part))(part) for part in parts]))
 
-        floor = self.floor("frechet", len(x), real)
+        # A perfect model that is not asked for classes draws them by chance, which is farther from the data.
+        classes = strata is not None or not self.source.class_names
+        floor = self.floor("frechet" if classes else "frechet of any classes", len(x), real)
         return Measure(self.extractor.distance, value, max(0.0, value - margin), value + margin, floor, "lower")
 
     def kernel(self, x: np.ndarray, strata: np.ndarray | None) -> Measure:
@@ -264,10 +269,10 @@ class Instrument:
         return Measure("accuracy", float(right.mean()), *proportion_interval(right), floor, "higher")
 
     def nearest(self, x: np.ndarray) -> tuple[list[Measure], np.ndarray, np.ndarray]:
-        """The median distance to the nearest real image, and the share of samples that are nearer to one than all but
-        1% of real images are to another: copies raise the share, when they are few, and lower the distance, when they
-        are many. The floors are of real images. Distances (n,) and, for each sample, the number of that image in the
-        data set (n,)."""
+        """The median distance to the nearest real image, and the share of samples that are as near to one as the
+        nearest 1% of different real images are to another: copies raise the share, when they are few, and lower the
+        distance, when they are many. The floors are of real images. Distances (n,) and, for each sample, the number of
+        that image in the data set (n,)."""
         a, b = self.reference.halves
         y, numbers = np.concatenate(self.kept), np.array(a.numbers + b.numbers)
         distances, places = nearest(x[:PAIRS], y)
@@ -275,8 +280,13 @@ class Instrument:
         value = float(np.median(distances))
         low, high = bootstrap_interval(lambda d: float(np.median(d)), distances, rng_for("nearest"))
         near = Measure("nearest real image", value, low, high, float(np.median(own)), "floor")
-        copied = (distances < np.quantile(own, NEAR)).astype(np.float64)
-        copies = Measure("near copies", float(copied.mean()), *proportion_interval(copied), NEAR, "lower")
+        # Real images that are there twice are no reason to let copies pass.
+        apart = own[own > 0]
+        limit = np.quantile(apart, NEAR) if len(apart) else 0.0
+        copied, twins = ((values <= limit).astype(np.float64) for values in (distances, own))
+        copies = Measure(
+            "near copies", float(copied.mean()), *proportion_interval(copied), float(twins.mean()), "lower"
+        )
         return [near, copies], distances, numbers[places]
 
     def draw_nearest(

@@ -90,7 +90,7 @@ class DrawnFolder:
         self.labels = [0] * len(numbers)
         self.named = bool(request["class_names"])
         report = path / "report.json"
-        self.diverged: int = read_json(report)["report"]["diverged"] if report.is_file() else 0
+        self.diverged = diverged_in(report) if report.is_file() else 0
         if request["classes"]:
             self.class_names = request["class_names"] or list(map(str, range(max(request["classes"]) + 1)))
             classes = cycled(request["classes"], max(numbers, default=-1) + 1) or []
@@ -101,6 +101,14 @@ class DrawnFolder:
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         return read_image(self.files[index], self.files[index].name), self.labels[index]
+
+
+def diverged_in(report: Path) -> int:
+    """How many images a report says have diverged. Raises ValueError for a file that is no report."""
+    try:
+        return int(read_json(report)["report"]["diverged"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{report} is no report of fpdm, or damaged: move it elsewhere, or remove it") from error
 
 
 def is_drawn(folder: Path) -> bool:

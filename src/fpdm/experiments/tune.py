@@ -28,7 +28,7 @@ from fpdm.drawing import Choices, load_pipeline
 from fpdm.evaluation import Evaluation
 from fpdm.experiments.points import Axes, Point, Settings, labelled
 from fpdm.experiments.sweep import check_claim, run_points
-from fpdm.files import shipped, write_json
+from fpdm.files import check_writable, shipped, write_json
 from fpdm.models import DiT, FixedPointDiT
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import (
@@ -190,6 +190,7 @@ def tune_model(
         raise ValueError(f"{label} is inside the package, with its plans: copy {folder} and tune the copy")
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder on this machine, in which plans could be kept: download it first")
+    check_writable(Path(folder))  # where the plans are kept
     pipe = load_pipeline(folder, settings.device, "float32")
     identity = digest(pipe.transformer)
     for number in range(1, len(SHARES) + 1):  # what is there must fit, before hours are spent on it

@@ -1,6 +1,7 @@
 """A small classifier of the data set itself: for tiny images, which networks trained on photographs see nothing in."""
 
 import json
+import warnings
 from collections.abc import Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fpdm.data import BrokenImage, Source, central, pixels
-from fpdm.files import wait_for, write_aside
+from fpdm.files import check_writable, wait_for, write_aside
 from fpdm.keyed import generator, seed_of
 from fpdm.weights import digest, fill
 
@@ -108,12 +109,17 @@ class Classifier:
         wanted = {"data": source.fingerprint, "size": size, "channels": source.channels}
         kept = cache / f"classifier-{size}-{source.channels}-{source.fingerprint[:16]}.safetensors"
         with as_file(files("fpdm.evaluation") / "classifiers") as carried:
-            for path in (*sorted(carried.glob("*.safetensors")), kept):
-                if path.is_file() and wanted.items() <= read_header(path).items():
+            for path in sorted(carried.glob("*.safetensors")):
+                if wanted.items() <= read_header(path).items():
                     return cls.load(path, source, size, device)
+        if is_sound(kept):
+            return cls.load(kept, source, size, device)
+        check_writable(cache)
         with wait_for(kept):
-            if kept.is_file():  # another process made it
+            if is_sound(kept):  # another process made it
                 return cls.load(kept, source, size, device)
+            if kept.is_file():
+                warnings.warn(f"{kept.name} in the cache is damaged, and made anew", stacklevel=2)
             trained = cls.train(source, size, device)
             trained.save(kept)
         return trained
@@ -212,6 +218,16 @@ def load_all(source: Source, size: int) -> tuple[Tensor, Tensor]:
     if not images:
         raise ValueError("none of the images can be read")
     return torch.stack(images), torch.tensor(labels)
+
+
+def is_sound(path: Path) -> bool:
+    """Whether a classifier's file is there, and whole."""
+    if not path.is_file():
+        return False
+    try:
+        return bool(read_header(path))
+    except ValueError:
+        return False
 
 
 def read_header(path: Path) -> dict[str, Any]:
