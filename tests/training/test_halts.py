@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 from torch._utils import ExceptionWrapper
+from torch.utils.data._utils import signal_handling
 
 from fpdm.data import BrokenImage
 from fpdm.training import checkpoints
@@ -75,8 +76,15 @@ def test_before_the_first_step_there_is_nothing_to_keep(tmp_path):
     assert not (tmp_path / "run/pipeline").exists()
 
 
-def test_a_reader_that_is_killed_ends_a_run_that_keeps_its_steps(whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("before", [False, True])
+def test_a_reader_that_is_killed_ends_a_run_that_keeps_its_steps(before, whole, tmp_path, monkeypatch):
+    """Also where a DataLoader was made before, and with it torch's handler, which would raise anywhere."""
     path = tmp_path / "run"
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if before:
+        signal_handling._set_SIGCHLD_handler()
+        assert signal.getsignal(signal.SIGCHLD) is not signal.SIG_DFL
     with monkeypatch.context() as patch:
 
         def kill(trainer):

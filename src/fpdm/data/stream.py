@@ -9,11 +9,13 @@ import signal
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import accumulate
+from threading import current_thread, main_thread
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils import signal_handling
 
 from fpdm.data.sources import BrokenImage, Source
 from fpdm.keyed import generator
@@ -147,9 +149,13 @@ def begun(batches: DataLoader) -> Iterator[Any]:
     checkpoint.
     """
     died = getattr(signal, "SIGCHLD", None)  # Windows has no such signal
-    if died is None:
+    if died is None or current_thread() is not main_thread():
         return iter(batches)
-    with handled_by(signal.getsignal(died) or signal.SIG_DFL, died):
+    usual = signal.getsignal(died) or signal.SIG_DFL
+    if getattr(usual, "__module__", None) == signal_handling.__name__:  # of a DataLoader that was made before
+        usual = signal.SIG_DFL
+        signal.signal(died, usual)
+    with handled_by(usual, died):
         return iter(batches)
 
 
