@@ -35,6 +35,7 @@ from fpdm.imaging import grid
 from fpdm.keyed import seed_of
 
 PAIRS = 10_000  # most images of either kind where all pairs are compared
+SAME = 1e-3  # of the usual distance: nearer to each other is the same image, its features rounded in other batches
 NEAR = 0.01  # of the real images are so near to another that a sample as near to one counts as a copy of it
 GROUPS = 25  # that the jackknife leaves out in turn: its error is then known to about 15%
 FLOORS = 4  # sets of real images that the floor is the mean of, where there are so many
@@ -281,7 +282,7 @@ class Instrument:
         low, high = bootstrap_interval(lambda d: float(np.median(d)), distances, rng_for("nearest"))
         near = Measure("nearest real image", value, low, high, float(np.median(own)), "floor")
         # Real images that are there twice are no reason to let copies pass.
-        apart = own[own > 0]
+        apart = own[own > SAME * np.median(own)]
         limit = np.quantile(apart, NEAR) if len(apart) else 0.0
         copied, twins = ((values <= limit).astype(np.float64) for values in (distances, own))
         copies = Measure(
