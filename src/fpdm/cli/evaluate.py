@@ -106,12 +106,12 @@ def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str,
     drawn = (path / "request.json").is_file()  # of whose pictures only the numbered ones are samples
     if out is not None and not drawn and is_inside(out, path):
         raise ValueError(f"{out} is in the folder of the samples, which its pictures would join: choose another --out")
+    if path.is_dir() and path.resolve() != Path(options.data).resolve() and is_inside(path, Path(options.data)):
+        raise ValueError(f"{path} is in the folder of the real images, and counted as some of them: move it elsewhere")
     quiet_libraries()
     from fpdm.evaluation import open_samples
     from fpdm.machine import made_with
 
-    if path.is_dir() and path.resolve() != Path(options.data).resolve() and is_inside(path, Path(options.data)):
-        raise ValueError(f"{path} is in the folder of the real images, and counted as some of them: move it elsewhere")
     samples = open_samples(path)
     instrument = open_instrument(options, samples.size, samples.channels)
     if out is not None:
