@@ -15,7 +15,17 @@ from fpdm.cli.main import make_parser
 from fpdm.experiments import trainings
 from fpdm.experiments.catalog import GROUNDS, TABLES
 from fpdm.experiments.table import Training
-from fpdm.experiments.trainings import check_runs, is_trained, output_of, portable, seconds_of, train_missing, written
+from fpdm.experiments.trainings import (
+    check_runs,
+    is_trained,
+    output_of,
+    portable,
+    seconds_of,
+    steps_done,
+    steps_kept,
+    train_missing,
+    written,
+)
 from fpdm.training.listing import numbers, standing
 from fpdm.training.loop import Trainer
 from tests.commands import contents, wait_for
@@ -132,6 +142,15 @@ def test_the_time_left_counts_what_a_killed_training_does_once_more(tmp_path, mo
     (bar,) = bars
     assert names
     assert (bar.initial, bar.n, bar.total) == (6, 12, 12)
+
+
+def test_what_was_saved_after_the_last_line_of_the_log_counts_as_done(tmp_path):
+    """Or the time left would be below zero until the next line."""
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 6)
+        Trainer(training().config, tmp_path / training().name).run()
+    assert numbers(tmp_path / training().name / "log.jsonl")["step"] == 4
+    assert steps_done(training(), tmp_path) == steps_kept(training(), tmp_path) == 6
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,9 @@ def steps_kept(training: Training, runs: Path) -> int:
 
 
 def steps_done(training: Training, runs: Path) -> int:
-    """By the log, which lags behind a little."""
-    return int(numbers(runs / training.name / "log.jsonl").get("step", 0))
+    """By the log, which lags behind a little, or by what was saved, if that was since."""
+    logged = int(numbers(runs / training.name / "log.jsonl").get("step", 0))
+    return max(logged, steps_kept(training, runs))
 
 
 def check_runs(trainings: list[Training], runs: Path, fingerprint: str | None = None) -> None:
