@@ -296,6 +296,7 @@ def test_few_samples_are_measured_and_said_to_be_few(instrument, count):
     assert (found.samples, found.compared) == (count, count)
     assert found.floor == (count, 600 - count)
     assert any("64 features" in note for note in found.notes) == (count < 64)
+    assert not any("colours" in note for note in found.notes), "the real images have none"
     assert found["FD-classifier"].value < 5 * found["FD-classifier"].floor
 
 
@@ -432,6 +433,7 @@ def test_grey_samples_are_measured_against_real_images_in_grey(tmp_path, monkeyp
     assert found["FD-projection"].value == pytest.approx(0, abs=1e-6)
     assert found["precision"].value > 0.9
     assert found["near copies"].value == 1
+    assert "colours are not measured" in " ".join(found.notes)
 
 
 def test_statistics_and_classifiers_in_grey_and_in_colour_do_not_meet(tmp_path, monkeypatch):

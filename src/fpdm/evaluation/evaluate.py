@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from fpdm.data import Source, central, image_of, open_images
+from fpdm.data import ArraySource, Source, central, image_of, open_images
 from fpdm.evaluation.extractors import Classifier, Extractor, make_extractor
 from fpdm.evaluation.metrics import (
     Frechet,
@@ -137,6 +137,8 @@ class Instrument:
         """What a reader should know, of samples of features x (n, D)."""
         if samples.diverged:
             yield f"note: {samples.diverged} of the images in the folder diverged as they were drawn"
+        if self.source.channels == 1 and not isinstance(self.source, ArraySource):  # whose images are not converted
+            yield "note: all samples are grey, so the real images were read in grey, too: colours are not measured"
         if labels is None and self.source.class_names and samples.source.class_names:
             yield "note: the classes of the samples are not those of the real images, and left out of account"
         if labels is not None and (note := disproportion(labels, self.source)):
