@@ -181,9 +181,9 @@ def test_the_report_comes_along(pipe):
 
 
 def test_a_plan_is_told_before_anything_runs(pipe):
-    choices = {"budget": 23, "allocation": "falling"}
-    plan = pipe.plan(**choices, num_steps=4)
-    report = pipe(**choices, num_inference_steps=4).report
+    choices = {"budget": 23, "allocation": "falling", "num_inference_steps": 4, "reuse": "linear"}
+    plan = pipe.plan(**choices)
+    report = pipe(**choices).report
     assert (report.planned, report.iterations) == (plan.planned, list(plan.iterations))
 
 
@@ -305,13 +305,17 @@ def test_bfloat16_draws_nearly_the_same():
     assert 0 < (halved - exact).abs().mean() < 0.1
 
 
-def test_latents_are_decoded():
-    vae = AutoencoderKL(
+def make_vae():
+    return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=4, sample_size=16, norm_num_groups=4, block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.5,
         shift_factor=0.1,
-    )  # fmt: skip
-    pipe = make_pipeline(in_channels=4, vae=vae.eval())
+    ).eval()  # fmt: skip
+
+
+def test_latents_are_decoded():
+    vae = make_vae()
+    pipe = make_pipeline(in_channels=4, vae=vae)
     latents = pixels(pipe, [0, 1], seed=0)
     assert latents.shape == (2, 4, 8, 8)
     with torch.no_grad():
@@ -320,6 +324,68 @@ def test_latents_are_decoded():
     assert images.shape == (2, 3, 16, 16)
     torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1))
     assert pipe(0, budget=12).images[0].size == (16, 16)
+
+
+def test_an_autoencoder_that_overflows_in_half_precision_decodes_in_float32(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("fpdm.pipeline"), "propagate", True)
+    vae = make_vae()
+    with torch.no_grad():
+        vae.decoder.conv_in.weight *= 1e5
+    pipe = make_pipeline(in_channels=4, vae=vae)
+    pipe.vae.to(torch.float16)
+    images = pipe([0, 1], budget=12, seed=0, output_type="pt").images
+    assert images.isfinite().all()
+    assert pipe.vae.dtype == torch.float32
+    assert "overflows in float16" in caplog.text
+    caplog.clear()
+    assert torch.equal(pipe([0, 1], budget=12, seed=0, output_type="pt").images, images)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("channels", [2, 4, 16])
+def test_latents_without_an_autoencoder_are_not_made_pictures(channels):
+    pipe = make_pipeline(in_channels=channels)
+    with pytest.raises(ValueError, match=rf"latents of {channels} channels, and the pipeline has no vae"):
+        pipe(0, budget=12)
+    assert pipe(0, budget=12, output_type="latent").images.shape == (1, channels, 8, 8)
+    assert pipe.plan(budget=12).planned == 12
+
+
+def test_a_network_that_always_saw_classes_draws_nothing_without(tmp_path):
+    model = randomised(FixedPointDiT(**SIZES))
+    FixedPointDiTPipeline(model, make_schedule(), class_names=NAMES, only_classes=True).save_pretrained(tmp_path)
+    pipe = FixedPointDiTPipeline.from_pretrained(tmp_path)
+    for again in (pipe, FixedPointDiTPipeline.from_pipe(pipe)):
+        with pytest.raises(ValueError, match="never without: give class_labels"):
+            again(budget=12)
+        with pytest.raises(ValueError, match="never without: there is nothing to guide away from"):
+            again(0, budget=12, guidance_scale=2.0)
+        assert again.plan(budget=12).planned == 12
+        assert len(again([0, 1], budget=12).images) == 2
+
+
+@pytest.mark.parametrize("name", ["transformer", "scheduler"])
+def test_a_component_may_be_left_out_until_it_is_needed(name, pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    opened = FixedPointDiTPipeline.from_pretrained(tmp_path, **{name: None})
+    with pytest.raises(ValueError, match=f"this pipeline has no {name}: it was opened without one"):
+        opened(0, budget=12)
+    opened.register_modules(**{name: getattr(pipe, name)})
+    assert torch.equal(pixels(opened, [0], seed=1), pixels(pipe, [0], seed=1))
+
+
+def test_torchs_defaults_do_not_move_a_seed(pipe):
+    generators = image_generators(3, [0])
+    noise = initial_noise(pipe.transformer, generators)
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            again = initial_noise(pipe.transformer, image_generators(3, [0]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again.dtype == torch.float32
+    assert torch.equal(again, noise)
 
 
 @pytest.mark.parametrize(
@@ -496,6 +562,9 @@ def test_a_network_may_be_compiled_as_a_whole(network):
 # Asked wrongly
 
 
+TWICE = {"guidance_scale": 2.0}
+
+
 @pytest.mark.parametrize(
     ("choices", "text"),
     [
@@ -538,6 +607,19 @@ def test_a_network_may_be_compiled_as_a_whole(network):
         ({"seed": 1.5}, "seed is 1.5; it must be a whole number"),
         ({"seed": "0"}, "seed is '0'; it must be a whole number"),
         ({"num_images": 2.5}, "num_images is 2.5; it must be a whole number"),
+        ({"class_labels": 0, **TWICE, "guidance_interval": (0.1, 0.8)}, "none of the 40 timesteps from 999"),
+        ({"class_labels": 0, **TWICE, "guidance_interval": (1000, 2e3)}, "none of the 40 timesteps"),
+        ({"class_labels": 0, "guidance_scale": None}, "guidance_scale is None"),
+        ({"class_labels": 0, "guidance_scale": "2"}, "guidance_scale is '2'"),
+        ({"class_labels": 0, "guidance_scale": 2.0, "guidance_interval": (None, 800)}, "must be two timesteps"),
+        ({"class_labels": 0, "num_images": 2.0}, "num_images is 2.0; it must be a whole number"),
+        ({"class_labels": 0, "num_images": "2"}, "num_images is '2'; it must be a whole number"),
+        ({"latents": np.zeros((1, 1, 8, 8))}, r"latents are ndarray; these images need a tensor of \(1, 1, 8, 8\)"),
+        ({"seed": 1, "image_indices": [1.0]}, "image_indices is 1.0; it must be a whole number"),
+        ({"seed": 1, "image_indices": 5}, "image_indices is 5; it must be a list"),
+        ({"allocation": None}, "allocation is None"),
+        ({"allocation": 3}, "allocation is 3"),
+        ({"num_inference_steps": 2, "allocation": ["a", 1]}, "weights must be positive"),
         pytest.param({"guidance_interval": (1, 2, 3)}, "guidance_interval"),
         pytest.param({"guidance_interval": ()}, "guidance_interval"),
     ],
@@ -559,6 +641,22 @@ def test_more_names_than_classes_are_refused():
 def test_indices_next_to_generators_are_refused(pipe):
     with pytest.raises(ValueError, match="image_indices"):
         pipe(0, budget=12, generator=[torch.Generator()], image_indices=[4])
+
+
+def test_numbers_and_arrays_of_numpy_are_taken(pipe):
+    asked = {"guidance_scale": 2.0, "guidance_interval": (100, 800), "tolerance": 0.02, "allocation": [1.0, 2.0, 1.0]}
+    plain = pixels(pipe, [0, 1], **asked, num_inference_steps=3, budget=20, seed=0, image_indices=[4, 2])
+    arrays = {name: np.asarray(value) for name, value in asked.items()}
+    arrays |= {"tolerance": np.float64(0.02), "guidance_scale": np.float32(2)}
+    found = pixels(pipe, [0, 1], **arrays, num_inference_steps=3, budget=20, seed=0, image_indices=np.array([4, 2]))
+    assert torch.equal(found, plain)
+
+
+def test_callbacks_may_be_handed_nothing(pipe):
+    handed = []
+    pipe(0, budget=12, callback_on_step_end=lambda *args: handed.append(args[-1]),
+         callback_on_step_end_tensor_inputs=None)  # fmt: skip
+    assert handed == [{}] * len(handed) != []
 
 
 # Many calls at once
@@ -631,6 +729,59 @@ def test_a_list_of_calls_is_refused_whole_and_an_iterator_when_it_comes_to_it(pi
 def test_calls_that_cannot_be_made_at_once_are_refused(pipe, change, call, message):
     with pytest.raises(ValueError, match=message):
         list(pipe.continuous([call], **change))
+
+
+def test_what_a_call_raises_tells_its_number(pipe):
+    calls = [{"budget": 12}, {"budget": 12, "class_labels": "dgo"}, {"budget": 12, "class_label": 0}]
+    for broken, kind in ((calls[:2], ValueError), (calls[::2], TypeError)):
+        for given in (broken, iter(broken)):
+            with pytest.raises(kind) as raised:
+                list(pipe.continuous(given))
+            assert raised.value.__notes__ == ["in call 1"]
+
+
+def test_what_calls_raise_may_be_returned_and_the_others_are_drawn(pipe):
+    def cancel(*_):
+        raise RuntimeError("the client went away")
+
+    good = {"budget": 12, "seed": 1, "output_type": "latent"}
+    calls = [good, {**good, "class_labels": "dgo"}, {**good, "callback_on_step_end": cancel}, {"budgets": 12}, good]
+    for given in (calls, iter(calls)):
+        found = dict(pipe.continuous(given, batch_size=2, return_exceptions=True))
+        assert [type(found[number]).__name__ for number in (1, 2, 3)] == ["ValueError", "RuntimeError", "TypeError"]
+        for number in (0, 4):
+            torch.testing.assert_close(found[number].images, pipe(**good).images, rtol=1e-3, atol=1e-3)
+        assert len(found) == 5
+
+
+def test_calls_that_are_not_there_yet_do_not_hold_up_those_under_way(pipe):
+    finished = []
+
+    def calls():
+        yield None
+        yield {"budget": 12, "seed": 0}
+        while not finished:  # it would never end, if those under way waited
+            yield None
+        yield {"budget": 12, "seed": 1}
+
+    for number, _ in pipe.continuous(calls()):
+        finished.append(number)
+    assert finished == [0, 1]
+
+
+def test_a_list_is_checked_without_drawing_random_numbers(pipe):
+    generator = torch.Generator().manual_seed(0)
+    before = torch.get_rng_state(), generator.get_state()
+    with pytest.raises(ValueError, match="dgo"):
+        list(pipe.continuous([{"budget": 12}, {"budget": 12, "generator": generator}, {"class_labels": "dgo"}]))
+    with pytest.raises(ValueError, match="share Picard steps only"):
+        list(pipe.continuous([{"budget": 12}, {"budget": 12, "solver": "anderson"}]))
+    assert all(map(torch.equal, before, (torch.get_rng_state(), generator.get_state())))
+
+
+def test_an_explicit_network_gains_nothing_from_calls_at_once():
+    with pytest.raises(ValueError, match="gains nothing here: draw its images in batches"):
+        list(make_pipeline(DiT, depth=2).continuous([{"budget": 12}], return_exceptions=True))
 
 
 def test_an_offloaded_network_is_not_called_in_parts():

@@ -2,8 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from fpdm.fixedpoint import Picard, Solver
 from fpdm.names import unknown
-from fpdm.sampling import Guidance, check_reuse, image_generators, solver_of
+from fpdm.sampling import Guidance, check_reuse, solver_of
 
 NO_GUIDANCE, EVERYWHERE = Guidance(), (0.0, math.inf)
 
@@ -20,10 +19,16 @@ def guidance_of(
     scale: float, interval: Sequence[float] | None = None, channels: int | None = None, share: float = 1.0
 ) -> Guidance:
     """Raises ValueError for values that cannot be."""
+    interval = listed(interval)
     if interval is not None and not isinstance(interval, Sequence):
         raise ValueError(f"guidance_interval is {interval!r}; it must be two timesteps, the lower one first")
     limits: Any = EVERYWHERE if interval is None else tuple(interval)
     return Guidance(scale, limits, channels, share)
+
+
+def listed(values: Any) -> Any:
+    """NumPy's and torch's arrays and numbers as Python's; others as they are."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def asked_of_solves(reuse: str | bool, solver: str | Solver, tolerance: float | None, pooled: bool) -> list[str]:
@@ -47,12 +52,11 @@ def labels_of(
     """
     if classes is None:
         return None
-    if hasattr(classes, "tolist"):  # NumPy's and torch's numbers and arrays
-        classes = classes.tolist()
-    listed = list(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else [classes]
+    num_images, classes = None if num_images is None else whole("num_images", num_images), listed(classes)
+    each = list(classes) if isinstance(classes, Sequence) and not isinstance(classes, str) else [classes]
     if count == 0:
         raise ValueError("this model is unconditional: it has no classes. Leave class_labels out")
-    numbers = [_class_number(label, count, names) for label in listed]
+    numbers = [_class_number(label, count, names) for label in each]
     if num_images not in (None, len(numbers)) and len(numbers) != 1:
         raise ValueError(f"num_images is {num_images} and there are {len(numbers)} class labels: give one of the two")
     return torch.tensor(numbers * num_images if num_images is not None and len(numbers) == 1 else numbers)
@@ -74,44 +78,12 @@ def _class_number(label: Any, count: int, names: Sequence[str]) -> int:
     return number
 
 
-def generators_of(
-    given: torch.Generator | Sequence[torch.Generator] | None,
-    seed: int | None,
-    indices: Sequence[int] | None,
-    count: int,
-) -> list[torch.Generator]:
-    """One generator per image, from whichever the caller gave."""
-    if count < 1:
-        raise ValueError(f"there are {count} images to draw; it must be at least 1")
-    if given is not None and seed is not None:
-        raise ValueError("give a generator or a seed, not both")
-    if given is not None and indices is not None:
-        raise ValueError("image_indices go with a seed: leave the generator out")
-    if given is not None and not isinstance(given, torch.Generator):
-        if not isinstance(given, Sequence) or not all(isinstance(one, torch.Generator) for one in given):
-            raise ValueError(f"generator is {given!r}; it must be a torch.Generator, or a list with one per image")
-        if len(given) != count:
-            raise ValueError(f"{len(given)} generators for {count} images: give one, or one per image")
-        return list(given)
-    if indices is not None and len(indices) != count:
-        raise ValueError(f"{len(indices)} image_indices for {count} images: give one per image")
-    if seed is None:
-        device = "cpu" if given is None else given.device
-        seed = int(torch.randint(2**62, (1,), generator=given, device=device))
-    return image_generators(whole("seed", seed), range(count) if indices is None else indices)
-
-
-@contextmanager
-def unmoved(given: Any) -> Iterator[None]:
-    """Draw from these generators, or from torch's own, and leave them as they were."""
-    listed = given if isinstance(given, Sequence) else [given]
-    generators = [one for one in listed if isinstance(one, torch.Generator)] or [torch.default_generator]
-    states = [one.get_state() for one in generators]
-    try:
-        yield
-    finally:
-        for one, state in zip(generators, states, strict=True):
-            one.set_state(state)
+def check_latents(latents: Any, shape: tuple[int, ...]) -> None:
+    """Raises ValueError for what is no noise of this shape."""
+    if not isinstance(latents, Tensor):
+        raise ValueError(f"latents are {type(latents).__name__}; these images need a tensor of {shape}")
+    if latents.shape != shape:
+        raise ValueError(f"latents have shape {tuple(latents.shape)}; these images need {shape}")
 
 
 def replacing(x: Tensor, latents: Any) -> Tensor | None:

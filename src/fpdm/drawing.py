@@ -1,6 +1,7 @@
 """Many images of one request into one folder: numbered PNGs, a grid, request.json, report.json. What is there already
 is not drawn again, so an interruption costs one batch."""
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,14 +14,13 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from fpdm.arguments import asked_of_solves, guidance_of
 from fpdm.data import write_npz
 from fpdm.devices import Processes, check_compiler, pick_device
 from fpdm.files import hold, read_json, write_aside, write_json
 from fpdm.imaging import grid
 from fpdm.models import to_float8, to_int8
 from fpdm.pipeline import FixedPointDiTPipeline
-from fpdm.sampling import Guidance, Plan, Purse, Report, check_reuse
+from fpdm.sampling import Plan, Report, check_reuse
 from fpdm.weights import digest
 
 GRID_IMAGES = 100
@@ -52,25 +52,9 @@ class Choices:
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
 
-    @property
-    def guidance(self) -> Guidance:
-        """Raises ValueError for values that cannot be."""
-        return guidance_of(self.guidance_scale, self.guidance_interval, self.guidance_channels, self.guidance_share)
-
-    @property
-    def solving(self) -> list[str]:
-        """What is asked of the solves of fixed points. Raises ValueError for values that cannot be."""
-        return asked_of_solves(self.reuse, self.solver, self.tolerance, self.pooled)
-
     def plan(self, pipe: FixedPointDiTPipeline) -> Plan:
         """Raises ValueError if the choices contradict each other, or the pipeline has no such thing."""
-        return pipe.plan(
-            budget=self.budget,
-            num_steps=self.num_inference_steps,
-            iterations=self.iterations,
-            allocation=self.allocation,
-            scheduler=self.scheduler,
-        )
+        return pipe.plan(**self.to_dict())
 
 
 def load_pipeline(
@@ -157,12 +141,11 @@ def draw_missing(
     numbers = pipe.labels(classes, None)
     classes = None if numbers is None else numbers.tolist()
     labels = cycled(classes, count)
-    plan = choices.plan(pipe)
-    pipe.check_inputs(plan, pipe.labels(labels, None), choices.scheduler, choices.guidance,
-                      solving=choices.solving)  # fmt: skip
-    Purse(count, choices.tolerance, choices.pooled)  # which refuses what cannot be
+    pipe.request(labels, count, **choices.to_dict())  # which refuses what cannot be
     request = {
         "model": digest(pipe.transformer),
+        "vae": None if pipe.vae is None else digest(pipe.vae),
+        "noise_schedule": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
         "classes": classes,
         "class_names": pipe.class_names,
         **choices.to_dict(),
@@ -277,10 +260,11 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
     if path.is_file():
         old, known = read_json(path), Choices().to_dict()  # a request of an older version lacks what is new
         old["reuse"] = check_reuse(old.get("reuse", known["reuse"]))  # and says yes or no
+        known = {**request, **known}
         changed = [
-            f"{key} was {old.get(key, known.get(key))!r}, is {value!r}"
-            for key, value in request.items()
-            if old.get(key, known.get(key)) != value
+            f"{key} was {old.get(key, known[key])!r}, is {value!r}"
+            for key, value in json.loads(json.dumps(request)).items()
+            if old.get(key, known[key]) != value
         ]
         if changed:
             raise ValueError(f"{out} holds images of another request: {'; '.join(changed)}. Choose another --out")

@@ -131,7 +131,8 @@ def model_folder(name: str) -> str:
     path = Path(name)
     for folder in (path, path / "pipeline"):
         if (folder / "model_index.json").is_file():
-            made_for = read_json(folder / "model_index.json").get("_class_name")
+            index = read_json(folder / "model_index.json")
+            made_for = index.get("_class_name") if isinstance(index, dict) else type(index).__name__
             if made_for != "FixedPointDiTPipeline":
                 raise ValueError(f"{folder} is a {made_for}, not a FixedPointDiTPipeline")
             return str(folder)

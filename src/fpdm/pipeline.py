@@ -1,10 +1,11 @@
 """FixedPointDiTPipeline: a trained model as a diffusers pipeline."""
 
 import os
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ParamSpec, Self
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
@@ -12,17 +13,9 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging
 from huggingface_hub import snapshot_download
 from torch import Tensor
+from tqdm import tqdm
 
-from fpdm.arguments import (
-    NO_GUIDANCE,
-    asked_of_solves,
-    generators_of,
-    guidance_of,
-    labels_of,
-    replacing,
-    unmoved,
-    whole,
-)
+from fpdm.arguments import guidance_of, labels_of, listed, replacing, whole
 from fpdm.files import model_folder
 from fpdm.fixedpoint import Solver, Status
 from fpdm.models import Output
@@ -30,18 +23,16 @@ from fpdm.models import Output
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
 from fpdm.models.dit import DiT
 from fpdm.models.fixed_point_dit import FixedPointDiT
-from fpdm.names import unknown
+from fpdm.request import Randomness, Request
 from fpdm.sampling import (
     Call,
-    Guidance,
     Plan,
-    Purse,
     Report,
-    Stepper,
     TunedPlan,
     answered,
     calls_of,
     check_reuse,
+    check_shared,
     continuous,
     cost_of,
     course,
@@ -56,8 +47,6 @@ from fpdm.sampling import (
 
 logger = logging.get_logger(__name__)
 
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
 
 @dataclass
 class FixedPointDiTPipelineOutput(BaseOutput):
@@ -68,6 +57,21 @@ class FixedPointDiTPipelineOutput(BaseOutput):
     report: Report
 
 
+Drawing = Generator[Call, Output, FixedPointDiTPipelineOutput]
+P = ParamSpec("P")
+
+
+def done(request: Callable[P, Request]) -> Callable[P, FixedPointDiTPipelineOutput]:
+    """The method that draws what this one checks."""
+
+    @wraps(request)
+    def call(*args: P.args, **kwargs: P.kwargs) -> FixedPointDiTPipelineOutput:
+        pipe: Any = args[0]
+        return answered(pipe.drawing)(request(*args, **kwargs))  # type: ignore[no-any-return]
+
+    return call
+
+
 class FixedPointDiTPipeline(DiffusionPipeline):
     """Draws images from a `FixedPointDiT`, or from an explicit `DiT` by the same code.
 
@@ -75,6 +79,10 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     scheduler    a diffusers scheduler of one of the kinds in `fpdm.sampling.SCHEDULERS`: a template, never stepped
     vae          an AutoencoderKL if the network works in its latents, else None
     class_names  one per class, so that classes can be asked for by name
+    only_classes  whether the network was never trained without a class (`fpdm train --class-dropout 0`): it then draws
+                  nothing without one, and has nothing to be guided away from
+
+    For networks from elsewhere than `fpdm train`, both are the caller's to know.
     """
 
     tuned_plans: tuple[TunedPlan, ...] = ()
@@ -88,14 +96,17 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         scheduler: Any,
         vae: AutoencoderKL | None = None,
         class_names: Sequence[str] | Mapping[str, str] | None = None,
+        only_classes: bool = False,
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         names = list(class_names.values() if isinstance(class_names, Mapping) else class_names or [])
-        if names and len(names) != transformer.config.num_classes:
+        # Any of diffusers' pipelines can be opened with a component left out.
+        if names and transformer is not None and len(names) != transformer.config.num_classes:
             raise ValueError(f"there are {len(names)} class_names for {transformer.config.num_classes} classes")
         # As a mapping: diffusers takes lists in a folder's index for components.
         self.register_to_config(class_names={str(i): name for i, name in enumerate(names)} or None)
+        self.register_to_config(only_classes=only_classes)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @classmethod
@@ -149,36 +160,12 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         """The names of the classes, in the order of their numbers; none if they have no names."""
         return list((self.config.class_names or {}).values())
 
-    def check_inputs(
-        self,
-        plan: Plan,
-        labels: Tensor | None,
-        scheduler: str | None = None,
-        guidance: Guidance = NO_GUIDANCE,
-        output_type: str = "pil",
-        tensor_inputs: Sequence[str] = (),
-        solving: Collection[str] = (),
-    ) -> None:
-        """Raises ValueError for what a call would refuse; `plan`, `labels` and `Guidance` check the rest. `solving`
-        names what is asked of the solves of fixed points."""
-        config = self.transformer.config
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(unknown("output_type", output_type, OUTPUT_TYPES))
-        if extra := set(tensor_inputs) - set(self._callback_tensor_inputs):
-            raise ValueError(f"callbacks can be handed {self._callback_tensor_inputs}, not {sorted(extra)}")
-        if (guidance.channels or 0) > config.in_channels:
-            raise ValueError(f"guidance_channels is {guidance.channels}; there are {config.in_channels} channels")
-        if guidance.scale != 1.0 and labels is None:
-            why = "this model is unconditional" if config.num_classes == 0 else "no class_labels are given"
-            raise ValueError(f"{why}: there is nothing to guide towards. Leave guidance_scale at 1")
-        solving = [*solving, *(["guidance_share"] if guidance.share != 1 else [])]
-        if isinstance(original(self.transformer), DiT) and solving:
-            raise ValueError(f"an explicit DiT has no fixed point to solve: leave {', '.join(sorted(solving))} out")
-        Stepper(self.scheduler, scheduler, plan.num_steps, config.learned_variance)
-
-    def plan(self, *, scheduler: str | None = None, **choices: Any) -> Plan:
-        """The plan that `make_plan` makes of these choices for this network and scheduler, before anything runs."""
-        return make_plan(cost_of(self.transformer), calls=calls_of(self.scheduler, scheduler), **choices)
+    def plan(self, **call: Any) -> Plan:
+        """The plan that `pipe(**call)` would follow, before anything runs. Raises ValueError as that would; but classes
+        may be left out, and a network of latents need not have its autoencoder."""
+        known = self.transformer is not None and self.transformer.config.num_classes
+        usual = {"class_labels": 0 if known else None, "output_type": "latent"}
+        return self.request(**{**usual, **call}).plan
 
     def labels(self, classes: int | str | Sequence[int | str] | None, num_images: int | None) -> Tensor | None:
         """Class labels (B,) int64 from numbers and names, one class standing for all images; None for no classes.
@@ -187,7 +174,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         """
         return labels_of(classes, num_images, self.transformer.config.num_classes, self.class_names)
 
-    def drawing(
+    def request(
         self,
         class_labels: int | str | Sequence[int | str] | None = None,
         num_images: int | None = None,
@@ -213,9 +200,9 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> Generator[Call, Output, FixedPointDiTPipelineOutput]:
-        """Draw images: `pipe(...)` with these arguments. (This function is the course of it, which `pipe(...)` runs by
-        itself, and `continuous` beside others.)
+    ) -> Request:
+        """Draw images: `pipe(...)` with these arguments. (This function checks them, and `drawing` does what they say,
+        which `pipe(...)` runs by itself, and `continuous` beside others.)
 
         class_labels         a class per image, by number or name; None draws without a class
         num_images           how many images: 1 by default, or as many as there are labels
@@ -244,31 +231,51 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
         Raises ValueError for what cannot be done, before anything runs.
         """
-        plan = self.plan(
+        for name in ("transformer", "scheduler"):
+            if getattr(self, name) is None:
+                raise ValueError(f"this pipeline has no {name}: it was opened without one")
+        plan = make_plan(
+            cost_of(self.transformer),
+            calls=calls_of(self.scheduler, scheduler),
             budget=budget,
             num_steps=num_inference_steps,
             iterations=iterations,
             allocation=allocation,
-            scheduler=scheduler,
         )
         labels = self.labels(class_labels, num_images)
-        guidance = guidance_of(guidance_scale, guidance_interval, guidance_channels, guidance_share)
-        solver, reuse = solver_of(solver), check_reuse(reuse)
-        solving = asked_of_solves(reuse, solver, tolerance, pooled)
-        self.check_inputs(plan, labels, scheduler, guidance, output_type, callback_on_step_end_tensor_inputs, solving)
-        count = (1 if num_images is None else num_images) if labels is None else len(labels)
-        Purse(whole("num_images", count), tolerance, pooled)  # which refuses what cannot be
-        generators = generators_of(generator, seed, image_indices, count)
-        noise = self._noise(latents, generators)
+        count = (1 if num_images is None else whole("num_images", num_images)) if labels is None else len(labels)
+        asked = Request(
+            plan=plan,
+            labels=labels,
+            randomness=Randomness(generator, seed, listed(image_indices), count),
+            scheduler=scheduler,
+            solver=solver_of(solver),
+            reuse=check_reuse(reuse),
+            tolerance=tolerance,
+            pooled=pooled,
+            guidance=guidance_of(guidance_scale, guidance_interval, guidance_channels, guidance_share),
+            latents=latents,
+            output_type=output_type,
+            return_dict=return_dict,
+            on_step_end=callback_on_step_end,
+            handed=callback_on_step_end_tensor_inputs or (),
+        )
+        asked.check(self)
+        return asked
 
-        with self.progress_bar(total=plan.num_steps) as bar:
+    def drawing(self, asked: Request, bar: bool = True) -> Drawing:
+        """The course of a call: the evaluations of the network that it waits for. `bar` shows how far it is."""
+        generators = asked.randomness.generators()
+        noise = initial_noise(self.transformer, generators)  # in any case: later draws do not depend on `latents`
+        noise = noise if asked.latents is None else asked.latents
+        with self.progress_bar(total=asked.plan.num_steps) if bar else tqdm(disable=True) as shown:
 
             def on_step(index: int, t: int, x: Tensor) -> Tensor | None:
-                bar.update()
-                if callback_on_step_end is None:
+                shown.update()
+                if asked.on_step_end is None:
                     return None
-                handed = {"latents": x} if "latents" in callback_on_step_end_tensor_inputs else {}
-                returned = callback_on_step_end(self, index, t, handed) or {}
+                handed = {"latents": x} if "latents" in asked.handed else {}
+                returned = asked.on_step_end(self, index, t, handed) or {}
                 if extra := set(returned) - {"latents"}:
                     raise ValueError(f"callback_on_step_end returned {sorted(extra)}; it can only replace 'latents'")
                 return replacing(x, returned.get("latents"))
@@ -276,41 +283,45 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             x, report = yield from course(
                 self.transformer,
                 self.scheduler,
-                plan,
+                asked.plan,
                 noise.to(self._execution_device),
-                labels,
+                asked.labels,
                 generators,
-                scheduler=scheduler,
-                solver=solver,
-                tolerance=tolerance,
-                pooled=pooled,
-                reuse=reuse,
-                guidance=guidance,
+                scheduler=asked.scheduler,
+                solver=asked.solver,
+                tolerance=asked.tolerance,
+                pooled=asked.pooled,
+                reuse=asked.reuse,
+                guidance=asked.guidance,
                 on_step=on_step,
             )
         if report.diverged:
-            logger.warning(f"{report.diverged} of {count} images diverged: {Status.DIVERGED.message}")
-        images = self.decode(x.nan_to_num(0, 0, 0) if report.diverged else x, output_type)
+            logger.warning(f"{report.diverged} of {len(x)} images diverged: {Status.DIVERGED.message}")
+        images = self.decode(x.nan_to_num(0, 0, 0) if report.diverged else x, asked.output_type)
         self.maybe_free_model_hooks()
-        if not return_dict:
+        if not asked.return_dict:
             return images, report  # type: ignore[return-value]
         return FixedPointDiTPipelineOutput(images, report)
 
-    __call__ = answered(drawing)
+    __call__ = done(request)
 
     def continuous(
-        self, calls: Iterable[Mapping[str, Any]], batch_size: int = 64
-    ) -> Iterator[tuple[int, FixedPointDiTPipelineOutput]]:
+        self, calls: Iterable[Mapping[str, Any] | None], batch_size: int = 64, return_exceptions: bool = False
+    ) -> Iterator[tuple[int, FixedPointDiTPipelineOutput | Exception]]:
         """Draw many calls at once, each under a plan of its own: continuous batching.
 
-        calls       the keyword arguments of each; an iterator is asked for the next one when there is room
-        batch_size  evaluations of the network at a time; an image under guidance counts twice
+        calls              the keyword arguments of each; an iterator is asked for the next one when there is room. None
+                           in place of one says that none is there at the moment: those under way go on, and it is
+                           asked again. An iterator that waits for a call has those under way wait, too
+        batch_size         evaluations of the network at a time; an image under guidance counts twice
+        return_exceptions  yield what a call raises, its callbacks included, in place of its images, and go on
 
         Yields the number of each call and what `pipe(**call)` would return, as they finish. Samples at different
         timesteps and iterations share every pass of the shared block, and leave room for others when they are solved:
         for many small calls that come one by one. Images of one plan are drawn faster by one call.
-        Raises ValueError for what a call would refuse: before anything runs where `calls` is a list, else once those
-        that are under way are finished. And for a solver other than Picard, an explicit network, and an offloaded one.
+        Raises ValueError for an explicit network, and an offloaded one; and, unless exceptions are returned, for what a
+        call would refuse, and a solver other than Picard: before anything runs where `calls` is a list, else once those
+        that are under way are finished. A note tells the number of the call.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
@@ -320,28 +331,48 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             raise ValueError(
                 "this network was compiled as a whole: have `compile_repeated_blocks()` compile its blocks"
             )
-        bars = dict(getattr(self, "_progress_bar_config", {}))
-        self.set_progress_bar_config(**{**bars, "disable": True})  # each call would show one
-        try:
-            for call in calls if isinstance(calls, Sequence) else ():
-                with unmoved(call.get("generator")):
-                    next(self.drawing(**call))
-            yield from continuous((self.drawing(**call) for call in calls), batch_size)
-        finally:
-            self.set_progress_bar_config(**bars)
+        if isinstance(self.transformer, DiT):
+            raise ValueError("a network without iterations gains nothing here: draw its images in batches")
+        if isinstance(calls, Sequence) and not return_exceptions:
+            there = [call for call in calls if call is not None]
+            courses = [self._course_of(self._numbered(*numbered)) for numbered in enumerate(there)]
+            yield from continuous(courses, batch_size)
+        else:
+            yield from continuous(map(self._course_of, calls), batch_size, return_exceptions)
 
-    def _noise(self, latents: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
-        noise = initial_noise(self.transformer, generators)
-        if latents is not None and latents.shape != noise.shape:
-            raise ValueError(f"latents have shape {tuple(latents.shape)}; these images need {tuple(noise.shape)}")
-        return noise if latents is None else latents
+    def _numbered(self, number: int, call: Mapping[str, Any]) -> Request:
+        """A call of a list, checked. Its number is a note to what is raised."""
+        try:
+            asked = self.request(**call)
+            check_shared(asked.solver)
+        except Exception as error:
+            error.add_note(f"in call {number}")
+            raise
+        return asked
+
+    def _course_of(self, call: Mapping[str, Any] | Request | None) -> Drawing | None:
+        """The course of a call, which is checked when it begins: what it raises is its own."""
+
+        def begun(call: Mapping[str, Any] | Request) -> Drawing:
+            asked = call if isinstance(call, Request) else self.request(**call)
+            return (yield from self.drawing(asked, bar=False))  # each would show one
+
+        return None if call is None else begun(call)
 
     @torch.no_grad()
     def decode(self, x: Tensor, output_type: str = "pil") -> Any:
         """Images of the type asked for from samples (B, C, H, W), through the VAE where there is one."""
         if output_type == "latent":
             return x
-        if self.vae is not None:
-            shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-            x = self.vae.decode((x / self.vae.config.scaling_factor + shift).to(self.vae.dtype)).sample.float()
-        return self.image_processor.postprocess(x, output_type=output_type)
+        images = x if self.vae is None else self._through_vae(x)
+        return self.image_processor.postprocess(images, output_type=output_type)
+
+    def _through_vae(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) float32 of latents. An autoencoder that overflows in float16 becomes a float32 one."""
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        latents = x / self.vae.config.scaling_factor + shift
+        images = self.vae.decode(latents.to(self.vae.dtype)).sample.float()
+        if self.vae.dtype == torch.float16 and not images.isfinite().all():
+            logger.warning("the autoencoder overflows in float16: it decodes in float32 from now on")
+            images = self.vae.to(torch.float32).decode(latents.float()).sample
+        return images  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -96,7 +97,7 @@ def test_refused(arguments, words, capsys, tmp_path, monkeypatch):
         (["--classes", "0-99999999999999"], ["class 99999999999999", "0 to 9"]),
         (["--classes", "5-3"], ["3-5"]),
         (["--classes", "cat"], ["cat"]),
-        (["--budget", "5", "--steps", "10"], ["5", "30", "1 timesteps"]),
+        (["--budget", "5", "--steps", "10"], ["5", "30", "1 timestep"]),
         (["--budget", "2"], ["3"]),
         (["--steps", "1001"], ["1001", "1000"]),
         (["--iterations", "two"], ["two"]),
@@ -159,6 +160,8 @@ def test_damaged_models_are_refused(model, capsys, tmp_path):
     assert str(damaged) in refused(["sample", damaged, "--out", tmp_path / "o"], capsys)
     (damaged / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     assert "StableDiffusionPipeline" in refused(["sample", damaged, "--out", tmp_path / "o"], capsys)
+    (damaged / "model_index.json").write_text("[]")
+    assert "is a list, not a FixedPointDiTPipeline" in refused(["sample", damaged, "--out", tmp_path / "o"], capsys)
 
 
 def test_places_that_cannot_be_written_to_are_refused(model, capsys, tmp_path):
@@ -168,6 +171,31 @@ def test_places_that_cannot_be_written_to_are_refused(model, capsys, tmp_path):
     if os.geteuid() != 0:  # root may write anywhere
         (tmp_path / "locked").mkdir(mode=0o500)
         assert "cannot be written" in refused(["sample", model, "--out", tmp_path / "locked/out"], capsys)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nat C"),
+        RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        MemoryError("Unable to allocate 9 GiB"),
+    ],
+)
+def test_memory_that_is_not_there_is_told_in_one_message(error, model, capsys, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("fpdm.cli.sample.draw", fail)
+    said = refused(["sample", model, "--out", tmp_path / "o"], capsys)
+    assert "not enough memory (" in said
+    assert "take a smaller --batch-size" in said
+    assert len(said.splitlines()) == 1
+
+
+def test_errors_that_nobody_foresaw_keep_their_traceback(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("fpdm.cli.sample.draw", lambda *_, **__: torch.zeros(2).view(3))
+    with pytest.raises(RuntimeError, match="invalid for input"):
+        main(["sample", model, "--out", str(tmp_path / "o")])
 
 
 def test_debug_shows_the_traceback(tmp_path):
@@ -209,6 +237,14 @@ def test_sample_writes_images_grid_and_report(model, tmp_path, capsys):
     assert kept["report"]["spent"] == kept["report"]["planned"] == kept["report"]["asked"] == 40
 
 
+def test_a_model_that_always_saw_classes_is_not_guided(tmp_path, capsys):
+    command = ["train", "digits", "--runs-dir", str(tmp_path), *TINY, "--class-dropout", "0"]
+    assert main(command) == 0
+    sample = ["sample", tmp_path / "digits", "--budget", "12", "--num-images", "2", "--out", tmp_path / "o"]
+    assert "nothing to guide away from" in refused([*sample, "--guidance-scale", "2"], capsys)
+    assert main([str(word) for word in sample]) == 0
+
+
 def test_sample_makes_only_what_is_missing(model, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     command = ["sample", model, "--budget", "20", "--seed", "4", "--num-images"]
@@ -233,6 +269,16 @@ def test_sample_does_not_mix_requests_or_folders(model, tmp_path, capsys):
     command = ["sample", model, "--budget", "20", "--num-images", "2", "--out", str(out)]
     assert main(command) == 0
     assert "seed was 0, is 1" in refused([*command, "--seed", "1"], capsys)
+    changed = shutil.copytree(f"{model}/pipeline", tmp_path / "changed")
+    config = changed / "scheduler/scheduler_config.json"
+    config.write_text(config.read_text().replace('"v_prediction"', '"epsilon"'))
+    said = refused([command[0], changed, *command[2:]], capsys)
+    assert "noise_schedule was" in said
+    assert "'prediction_type': 'epsilon'" in said
+    request = json.loads((out / "request.json").read_text())
+    older = {key: value for key, value in request.items() if key not in ("noise_schedule", "vae")}
+    (out / "request.json").write_text(json.dumps(older))  # of a version that kept less
+    assert main(command) == 0
     (tmp_path / "album").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "album/me.png")
     assert "holds images already" in refused([*command[:-1], tmp_path / "album"], capsys)

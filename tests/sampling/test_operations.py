@@ -5,6 +5,7 @@ import torch
 
 from fpdm.models import DiT, FixedPointDiT
 from fpdm.sampling import Cost, cost_of, make_plan, operations_of, total
+from fpdm.sampling.operations import _count, _counted
 from tests.networks import SIZES, randomised
 
 N, D, P, C = 4, 16, 4, 1  # tokens, width, patch, channels of the image; the output has twice as many
@@ -43,9 +44,8 @@ def test_heads_cost_nothing_and_tokens_cost_by_the_square_in_attention():
 
 @pytest.mark.parametrize("iterations", [1, 2, 3, 7])
 def test_they_are_linear_in_the_iterations(iterations):
-    from fpdm.sampling.operations import _count
-
-    model = randomised(FixedPointDiT(**SIZES))
+    with torch.device("meta"):
+        model = FixedPointDiT(**SIZES)
     assert _count(model, iterations=iterations) == operations_of(model).passes(iterations)
 
 
@@ -57,6 +57,37 @@ def test_a_plans_total_is_the_sum_over_its_timesteps():
     explicit = randomised(DiT(**SIZES, depth=2))
     plan = make_plan(cost_of(explicit), budget=10)
     assert total(operations_of(explicit), plan) == 5 * operations_of(explicit).fixed
+
+
+@pytest.mark.parametrize("kind", [FixedPointDiT, DiT])
+def test_counting_changes_nothing_for_other_threads(kind, monkeypatch):
+    """Neither which kernels attention may take, nor hooks of modules: another thread may be drawing."""
+    modules, seen = torch.nn.modules.module, []
+
+    def looking(model, *given, **options):
+        hooks = modules._global_forward_hooks, modules._global_forward_pre_hooks
+        seen.append([flags(), *map(len, hooks)])
+        return forward(model, *given, **options)
+
+    def flags():
+        cuda = torch.backends.cuda
+        return cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+
+    forward, before = kind.forward, flags()
+    monkeypatch.setattr(kind, "forward", looking)
+    _counted.cache_clear()
+    operations_of(randomised(kind(**SIZES)))
+    assert seen == [[before, 0, 0]] * len(seen) != []
+    assert flags() == before
+
+
+@pytest.mark.parametrize("context", [torch.inference_mode, torch.enable_grad])
+def test_where_it_is_counted_does_not_matter(context):
+    model = randomised(FixedPointDiT(**SIZES))
+    plain = operations_of(model)
+    _counted.cache_clear()
+    with context():
+        assert operations_of(model) == plain
 
 
 def test_counting_leaves_the_network_as_it_was():

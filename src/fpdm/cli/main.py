@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -24,6 +25,7 @@ COMMANDS = {
     "experiment": experiment,
     "demo": demo,
 }
+OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory")
 INTERRUPTED = 130  # as shells report a process ended by Ctrl-C
 
 
@@ -82,8 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output, `head` for instance, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if options.debug:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError, RuntimeError) as error:
+        if options.debug or (told := telling(error)) is None:
             raise
-        print(f"{options.parser.prog}: {error}", file=sys.stderr)
+        print(f"{options.parser.prog}: {told}", file=sys.stderr)
         return 2
+
+
+def telling(error: Exception) -> str | None:
+    """What to say of an error; None for one that nobody foresaw, of which the traceback says more."""
+    said = str(error)
+    # torch's own exception of a GPU is a RuntimeError, too; on a CPU nothing but the message tells.
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(said)):
+        first = said.strip().partition("\n")[0]
+        return f"not enough memory ({first}): take a smaller --batch-size, or see --help for what else saves memory"
+    return None if isinstance(error, RuntimeError) else said

@@ -84,7 +84,7 @@ def planned(options: argparse.Namespace, pipe: "FixedPointDiTPipeline | None", *
         **other,
     }
     if pipe is not None:
-        return pipe.plan(scheduler=options.scheduler, **choices)
+        return pipe.plan(scheduler=options.scheduler, num_inference_steps=choices.pop("num_steps"), **choices)
     calls = HEUN_CALLS if options.scheduler == "heun" else EVERY_CALL
     return make_plan(Cost(options.pre + options.post, options.core), calls=calls, **choices)
 

@@ -106,8 +106,6 @@ class Point:
     ) -> "Point":
         """Raises ValueError for choices that cannot be."""
         plan = choices.plan(pipe)
-        any_label = pipe.labels(0 if pipe.transformer.config.num_classes else None, None)
-        pipe.check_inputs(plan, any_label, choices.scheduler, choices.guidance)
         evaluations = 1 if choices.guidance_scale == 1 else 2
         operations = total(operations_of(pipe.transformer), plan) * evaluations
         return cls(label, folder, identity, budget, choices, tuned, operations)

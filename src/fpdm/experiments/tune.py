@@ -134,7 +134,6 @@ class Tuner:
         for choices in candidates:
             try:
                 plan = choices.plan(self.pipe)
-                self.pipe.check_inputs(plan, None, choices.scheduler)
             except ValueError:
                 continue
             reuse = REUSE[min(REUSE.index(choices.reuse), plan.num_steps - 1)]  # there are no more solutions than that
@@ -215,7 +214,7 @@ def usable(pipe: FixedPointDiTPipeline, schedulers: list[str], budget: int, say:
     found, reasons = [], []
     for name in schedulers:
         try:
-            pipe.check_inputs(pipe.plan(budget=budget, scheduler=name), None, name)
+            pipe.plan(budget=budget, scheduler=name)
             found.append(name)
         except ValueError as error:
             reasons.append(str(error))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Protocol
 
 from torch import Tensor
@@ -77,7 +78,7 @@ class Tolerance:
 
 
 def check_tolerance(relative: float) -> None:
-    if not isinstance(relative, int | float) or not 0 < relative < float("inf"):
+    if not isinstance(relative, Real) or not 0 < relative < float("inf"):
         raise ValueError(f"relative tolerance is {relative!r}; it must be above 0, e.g. 1e-3")
 
 

@@ -11,7 +11,7 @@ from fpdm.sampling.budget import (
     fitting,
     make_plan,
 )
-from fpdm.sampling.continuous import continuous
+from fpdm.sampling.continuous import check_shared, continuous
 from fpdm.sampling.guidance import Guidance
 from fpdm.sampling.operations import cost_of, operations_of, original, total
 from fpdm.sampling.profile import Profile, measure_profile
@@ -47,6 +47,7 @@ __all__ = [
     "calls_of",
     "check_allocation",
     "check_reuse",
+    "check_shared",
     "continuous",
     "cost_of",
     "course",

@@ -12,6 +12,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 from typing import Any
 
 from fpdm.names import unknown
@@ -96,10 +97,13 @@ def make_plan(
     Raises ValueError where the choices contradict each other or the budget is too small, naming the smallest possible.
     """
     budget, num_steps = _whole("budget", budget), _whole("num_steps", num_steps)
+    allocation = getattr(allocation, "tolist", lambda: allocation)()  # NumPy's arrays and numbers
+    if not isinstance(allocation, Sequence):
+        raise ValueError(f"allocation is {allocation!r}; it must be a name, like 'linear:1', or a weight per timestep")
     if cost.per_iteration == 0:
         _refuse_allocation(allocation, "an explicit DiT")
         return _explicit_plan(cost, budget, num_steps, iterations, calls)
-    iterations = getattr(iterations, "tolist", lambda: iterations)()  # NumPy's arrays and numbers
+    iterations = getattr(iterations, "tolist", lambda: iterations)()
     if isinstance(iterations, Sequence):
         _refuse_allocation(allocation, "a list of iterations")
         return _listed_plan(cost, budget, num_steps, list(iterations), calls)
@@ -116,11 +120,8 @@ def make_plan(
         raise ValueError(
             f"a budget of {budget} block passes is too small: {num_steps} timesteps need at least {smallest} "
             f"({cost.fixed} outside the fixed point and {cost.per_iteration} for one iteration, at each). "
-            + (
-                f"Raise it to {smallest}"
-                if budget < cost.passes(1)
-                else f"Raise it to {smallest}, or take at most {budget // cost.passes(1)} timesteps"
-            )
+            + f"Raise it to {smallest}"
+            + (f", or take at most {counted(most, 'timestep')}" if (most := budget // cost.passes(1)) in calls else "")
         )
     total = (budget - num_steps * cost.fixed) // cost.per_iteration
     shares = apportion(total, _weights(allocation, num_steps))
@@ -131,9 +132,13 @@ def _steps_for(cost: Cost, budget: int, iterations: int | None) -> int:
     """As many timesteps of `iterations` as fit into the budget."""
     least = cost.passes(iterations or 1)
     if budget < least:
-        count = f"{iterations} iterations" if iterations else "1 iteration"
+        count = counted(iterations or 1, "iteration")
         raise ValueError(f"a budget of {budget} block passes is too small: one timestep with {count} needs {least}")
     return max(1, budget // cost.passes(iterations or cost.usual_iterations))
+
+
+def counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def fitting(num_steps: int, calls: range) -> int:
@@ -208,7 +213,7 @@ def _weights(allocation: str | Sequence[float], count: int) -> list[Fraction]:
         return _shaped(allocation, count)
     if len(allocation) != count:
         raise ValueError(f"{len(allocation)} weights for {count} timesteps: give one per timestep")
-    if not all(0 < weight < float("inf") for weight in allocation):
+    if not all(isinstance(weight, Real) and 0 < weight < float("inf") for weight in allocation):
         raise ValueError(f"weights must be positive and finite, not {list(allocation)}")
     return [Fraction(float(weight)) for weight in allocation]
 

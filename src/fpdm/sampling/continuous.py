@@ -5,20 +5,23 @@ can be iterated together. A sample that has its fixed point makes room between t
 its next timestep, or gives its room to another course.
 """
 
+import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, count
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from fpdm.fixedpoint import Picard, Running, Solution, Status, Tolerance, joined, put, residuals, select
+from fpdm.fixedpoint import Picard, Running, Solution, Solver, Status, Tolerance, joined, put, residuals, select
 from fpdm.models import FixedPointDiT, Output
 from fpdm.sampling.sampler import Call
 
 PICARD = Picard()
+PAUSE = 1e-3  # seconds between questions for a course where there is none at all
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 @dataclass
@@ -66,15 +69,22 @@ class Mixed:
 
 
 @torch.no_grad()
-def continuous(courses: Iterable[Generator[Call, Output, R]], most: int) -> Iterator[tuple[int, R]]:
+def continuous(
+    courses: Iterable[Generator[Call, Output, R] | None], most: int, return_exceptions: bool = False
+) -> Iterator[tuple[int, R | Exception]]:
     """Run courses of one network, in the order in which they come, with up to `most` samples in the batch, or those of
     one call if it has more; yields the number of each course and what it returns, as they finish. Courses are begun
-    when there is room. What a call takes is known once it is made: one that does not fit waits, and others behind it.
+    when there is room; None in place of one says that none is there at the moment, and those under way go on. What a
+    call takes is known once it is made: one that does not fit waits, and others behind it.
 
-    Whatever a course raises is raised when those that are under way have finished; no other is begun then. So is
-    ValueError for a network without iterations, and for a solver other than plain Picard iteration.
+    Whatever a course raises is raised, with its number as a note, when those that are under way have finished; no other
+    is begun then. With `return_exceptions` it is yielded in place of the course's result, and nothing ends. What
+    `courses` itself raises is always raised. A course raises ValueError for a network without iterations, and for a
+    solver other than plain Picard iteration.
     """
-    waiting, batch, failed = enumerate(courses), Batch(most), list[Exception]()
+    waiting, numbers, batch = iter(courses), count(), Batch(most)
+    failed: list[Exception] = []
+    finished: list[tuple[int, R | Exception]] = []
     answers: list[tuple[Visit, Output]] = []
     calls: list[Visit] = []
 
@@ -85,29 +95,46 @@ def continuous(courses: Iterable[Generator[Call, Output, R]], most: int) -> Iter
         except StopIteration as done:
             finished.append((number, done.value))
         except Exception as error:  # a course may do anything, with its callbacks
-            failed.append(error)
+            if return_exceptions:
+                finished.append((number, error))
+            else:
+                error.add_note(f"in call {number}")
+                failed.append(error)
 
+    ended = False
     while True:
-        finished: list[tuple[int, R]] = []
         calls += [call for visit, output in answers for call in called(visit.number, visit.course, output)]
-        yield from finished
-        while not failed and batch.has_room(calls):
+        yield from drained(finished)
+        while not (failed or ended) and batch.has_room(calls):
             try:
-                number, course = next(waiting)
+                course = next(waiting)
             except StopIteration:
-                break
+                ended = True
             except Exception as error:
                 failed.append(error)
             else:
-                calls += called(number, course, None)
+                if course is None:
+                    break
+                calls += called(next(numbers), course, None)
+        yield from drained(finished)
         fitting = batch.fitting(calls)
         batch.admit(calls[:fitting])
         calls = calls[fitting:]
-        if not batch.seats:
+        if batch.seats:
+            answers = batch.iterated()
+        elif failed or ended:
             break
-        answers = batch.iterated()
+        else:
+            answers = []
+            time.sleep(PAUSE)
     if failed:
         raise failed[0]
+
+
+def drained(items: list[T]) -> Iterator[T]:
+    """The items, in order, each taken out."""
+    while items:
+        yield items.pop(0)
 
 
 class Batch:
@@ -210,9 +237,14 @@ def checked(call: Call) -> Call:
     """Raises ValueError for a call that cannot be answered beside others."""
     if call.solve is None or not isinstance(call.model, FixedPointDiT):
         raise ValueError("a network without iterations gains nothing here: draw its images in batches")
-    if call.solve.solver != PICARD:
-        raise ValueError(f"solver is {call.solve.solver!r}; samples at different iterations share Picard steps only")
+    check_shared(call.solve.solver)
     return call
+
+
+def check_shared(solver: Solver) -> None:
+    """Raises ValueError for a solver whose samples cannot be iterated beside others."""
+    if solver != PICARD:
+        raise ValueError(f"solver is {solver!r}; samples at different iterations share Picard steps only")
 
 
 def seats_of(visit: Visit) -> list[Seat]:

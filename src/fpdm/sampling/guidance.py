@@ -1,7 +1,9 @@
 """Classifier-free guidance (Ho and Salimans 2022): the prediction for a class, away from the one for none."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -27,20 +29,29 @@ class Guidance:
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise ValueError(f"guidance_scale is {self.scale}; it must be finite, 1 for none")
-        if len(self.interval) != 2 or not 0 <= self.interval[0] <= self.interval[1]:
+        if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
+            raise ValueError(f"guidance_scale is {self.scale!r}; it must be a finite number, 1 for none")
+        ends = [end for end in self.interval if isinstance(end, Real)]
+        if len(self.interval) != 2 or len(ends) != 2 or not 0 <= ends[0] <= ends[1]:
             raise ValueError(f"guidance_interval is {self.interval}; it must be two timesteps, the lower one first")
-        if self.channels is not None and self.channels < 1:
-            raise ValueError(f"guidance_channels is {self.channels}; it must be at least 1, or None for all")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"guidance_share is {self.share}; it must lie in (0, 1], 1 for as many iterations")
+        if self.channels is not None and (not isinstance(self.channels, Integral) or self.channels < 1):
+            raise ValueError(f"guidance_channels is {self.channels!r}; it must be an integer of at least 1, or None")
+        if not isinstance(self.share, Real) or not 0 < self.share <= 1:
+            raise ValueError(f"guidance_share is {self.share!r}; it must lie in (0, 1], 1 for as many iterations")
         if self.scale == 1 and (self.channels is not None or self.share != 1 or self.interval != (0, math.inf)):
             raise ValueError("there is no guidance at guidance_scale 1: leave its interval, channels and share out")
 
     def at(self, t: int) -> bool:
         """Whether to guide at a timestep."""
         return self.scale != 1 and self.interval[0] <= t <= self.interval[1]
+
+    def check(self, timesteps: Sequence[int]) -> None:
+        """Raises ValueError if there is guidance, and at none of these timesteps."""
+        if self.scale != 1 and not any(map(self.at, timesteps)):
+            raise ValueError(
+                f"guidance_interval is {self.interval}, and none of the {len(timesteps)} timesteps from {timesteps[0]} "
+                f"to {timesteps[-1]} lies in it: name training timesteps, not shares of them"
+            )
 
     def iterations(self, conditional: int) -> int:
         """The unconditional evaluation's iterations, at least 1."""

@@ -10,8 +10,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from fpdm.models import Denoiser, DiT
 from fpdm.sampling.budget import Cost, Plan
@@ -53,12 +53,30 @@ def _counted(kind: type[Denoiser], config: str) -> Cost:
     return Cost(one - (two - one), two - one)
 
 
-@torch.no_grad()
 def _count(model: Denoiser, **counts: Any) -> int:
     shape = (1, model.config.in_channels, model.config.sample_size, model.config.sample_size)
     device = next(model.parameters()).device
-    x, y = torch.zeros(shape, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    # The plain kernel: the counter does not know all of the fused ones.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # Within inference mode the counter would see layers, not the products that they are made of.
+    with torch.inference_mode(False), torch.no_grad(), Counter() as counter:
+        x, y = torch.zeros(shape, device=device), torch.zeros(1, dtype=torch.int64, device=device)
         model(x, 0, y, **counts)
-    return int(counter.get_total_flops())
+    return counter.operations
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operations that are run in this thread, by torch's formulas.
+
+    Its own `FlopCounterMode` hooks the modules of all threads. On tensors without data attention is two products, so
+    that no kernel need be asked for, which would be asked for in all threads, too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.operations += int(count(*args, **kwargs, out_val=out))
+        return out

@@ -65,7 +65,8 @@ def image_generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]
 def initial_noise(model: Denoiser, generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal noise (B, C, H, W) float32 on the CPU, each image from its own generator."""
     shape = (model.config.in_channels, model.config.sample_size, model.config.sample_size)
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    # Named, as torch's defaults may be others.
+    return torch.stack([torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators])
 
 
 def course(

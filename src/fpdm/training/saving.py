@@ -46,7 +46,7 @@ class Saver:
         count, classes = GRID_IMAGES, model.config.num_classes
         labels = [i % classes for i in range(count)] if classes else None
         pipe.set_progress_bar_config(disable=True)
-        budget = max(self.settings.sample_budget, pipe.plan(num_steps=1).planned)
+        budget = max(self.settings.sample_budget, pipe.plan(num_inference_steps=1).planned)
         images = pipe(labels, count, budget=budget, seed=self.settings.seed).images
         with self._writing("a grid of samples"):
             grid(images, columns=10).save(self.dir.samples / f"step-{self.run.step:08d}.png")
@@ -129,7 +129,15 @@ class Saver:
     def _pipeline(self, model: Denoiser) -> FixedPointDiTPipeline:
         parts = self.run.parts
         names = parts.source.class_names if model.config.num_classes else None
-        return FixedPointDiTPipeline(cast(FixedPointDiT, model), parts.schedule, vae=parts.vae, class_names=names)
+        config = parts.config
+        never = config.data.class_dropout == 0 and config.run.init_from is None  # which may know how to do without
+        return FixedPointDiTPipeline(
+            cast(FixedPointDiT, model),
+            parts.schedule,
+            vae=parts.vae,
+            class_names=names,
+            only_classes=never and model.config.num_classes > 0,
+        )
 
     @contextmanager
     def _writing(self, what: str) -> Iterator[None]:
