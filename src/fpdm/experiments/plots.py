@@ -1,5 +1,6 @@
 """Plots of an experiment's result.json: quality against budget, or row by row where there are too many for lines."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -9,7 +10,8 @@ from fpdm.experiments.page import COLOURS
 from fpdm.experiments.rows import Line, Row, compared, lines_of, reached
 from fpdm.files import write_aside
 
-STYLES = (("-", "o"), ("--", "s"))  # lines and markers, each for as many lines as there are colours
+# Lines and markers, of explicit networks or not, each for as many lines as there are colours.
+STYLES = {False: (("-", "o"), (":", "^")), True: (("--", "s"), ("-.", "D"))}
 BESIDE = 6  # more lines than this have their legend beside them
 CURVES = 9  # more than this are not told apart: they have a row each
 FAR = 2.0  # times the lowest distance at a budget; what lies beyond is marked at the edge of its row
@@ -37,8 +39,11 @@ def curves(result: Row) -> Any:
     figure, axes = plt.subplots(1, len(ways), figsize=size, layout="constrained", sharey=True, squeeze=False)
     budgets = reached(result, "budgets")
     for axis, way in zip(axes[0], ways, strict=True):
-        for place, line in enumerate(lines_of(result, way)):
-            draw_curve(axis, place, line)
+        drawn = Counter[bool]()
+        for line in lines_of(result, way):
+            explicit = line[1].startswith("DiT")
+            draw_curve(axis, line, explicit, drawn[explicit])
+            drawn[explicit] += 1
         if result["real"]:
             axis.axhline(real(result), color="black", linewidth=0.8, linestyle=":", label="real images")
         title = way if len(ways) > 1 else result["question"]
@@ -52,10 +57,11 @@ def curves(result: Row) -> Any:
     return figure
 
 
-def draw_curve(axis: Any, place: int, line: Line) -> None:
+def draw_curve(axis: Any, line: Line, explicit: bool, place: int) -> None:
+    """`place` counts the lines of its kind."""
     _, name, values = line
-    budgets, colour = sorted(values), COLOURS[place % len(COLOURS)]
-    style, marker = STYLES[place // len(COLOURS) % len(STYLES)]
+    budgets, colour, styles = sorted(values), COLOURS[place % len(COLOURS)], STYLES[explicit]
+    style, marker = styles[place // len(COLOURS) % len(styles)]
     means, least, most = ([f(values[b]) for b in budgets] for f in (mean, min, max))
     axis.plot(budgets, means, marker=marker, markersize=4, linewidth=1.4, color=colour, linestyle=style, label=name)
     axis.fill_between(budgets, least, most, color=colour, alpha=0.15, linewidth=0)
