@@ -115,6 +115,12 @@ def side_of(pipe: FixedPointDiTPipeline) -> int:
     return pipe.transformer.config.sample_size * 2**doublings
 
 
+def schedule_of(pipe: FixedPointDiTPipeline) -> dict[str, Any]:
+    """What the pipeline's scheduler is, and how it is configured."""
+    settings = {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")}
+    return {"kind": type(pipe.scheduler).__name__, **settings}
+
+
 def channels_of(pipe: FixedPointDiTPipeline) -> int:
     """The channels of the pipeline's images."""
     return pipe.transformer.config.in_channels if pipe.vae is None else pipe.vae.config.out_channels
@@ -145,7 +151,7 @@ def draw_missing(
     request = {
         "model": digest(pipe.transformer),
         "vae": None if pipe.vae is None else digest(pipe.vae),
-        "noise_schedule": {key: value for key, value in pipe.scheduler.config.items() if not key.startswith("_")},
+        "noise_schedule": schedule_of(pipe),
         "classes": classes,
         "class_names": pipe.class_names,
         **choices.to_dict(),

@@ -75,14 +75,12 @@ def done(request: Callable[P, Request]) -> Callable[P, FixedPointDiTPipelineOutp
 class FixedPointDiTPipeline(DiffusionPipeline):
     """Draws images from a `FixedPointDiT`, or from an explicit `DiT` by the same code.
 
-    transformer  the network
-    scheduler    a diffusers scheduler of one of the kinds in `fpdm.sampling.SCHEDULERS`: a template, never stepped
-    vae          an AutoencoderKL if the network works in its latents, else None
-    class_names  one per class, so that classes can be asked for by name
+    transformer   the network
+    scheduler     a diffusers scheduler of one of the kinds in `fpdm.sampling.SCHEDULERS`: a template, never stepped
+    vae           an AutoencoderKL if the network works in its latents, else None
+    class_names   one per class, so that classes can be asked for by name
     only_classes  whether the network was never trained without a class (`fpdm train --class-dropout 0`): it then draws
                   nothing without one, and has nothing to be guided away from
-
-    For networks from elsewhere than `fpdm train`, both are the caller's to know.
     """
 
     tuned_plans: tuple[TunedPlan, ...] = ()

@@ -9,6 +9,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from fpdm.drawing import schedule_of
 from fpdm.evaluation import Evaluation, Instrument, open_samples
 from fpdm.experiments import sweep
 from fpdm.experiments.points import Axes, Settings, labelled, points_of
@@ -154,7 +155,8 @@ def test_a_point_tells_what_was_spent_and_under_which_request(whole, models):
         assert 0 < point["seconds"] < 60
         assert point["diverged"] == 0
         assert point["request"] == {
-            "model": digest(pipe.transformer), "classes": list(range(10)), "class_names": DIGITS,
+            "model": digest(pipe.transformer), "vae": None, "noise_schedule": schedule_of(pipe),
+            "classes": list(range(10)), "class_names": DIGITS,
             "budget": point["budget"], "num_inference_steps": None, "iterations": None, "allocation": "constant",
             "reuse": "plain", "solver": "picard", "tolerance": None, "pooled": False,
             "scheduler": point["scheduler"], "guidance_scale": 1.0, "guidance_interval": None,
