@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fpdm.fixedpoint import Picard, Solver
 from fpdm.names import unknown
-from fpdm.sampling import Guidance, check_reuse, solver_of
+from fpdm.sampling import Guidance, check_reuse, listed, solver_of
 
 NO_GUIDANCE, EVERYWHERE = Guidance(), (0.0, math.inf)
 
@@ -24,11 +24,6 @@ def guidance_of(
         raise ValueError(f"guidance_interval is {interval!r}; it must be two timesteps, the lower one first")
     limits: Any = EVERYWHERE if interval is None else tuple(interval)
     return Guidance(scale, limits, channels, share)
-
-
-def listed(values: Any) -> Any:
-    """NumPy's and torch's arrays and numbers as Python's; others as they are."""
-    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def asked_of_solves(reuse: str | bool, solver: str | Solver, tolerance: float | None, pooled: bool) -> list[str]:

@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from tqdm import tqdm
 
-from fpdm.arguments import guidance_of, labels_of, listed, replacing, whole
+from fpdm.arguments import guidance_of, labels_of, replacing, whole
 from fpdm.files import model_folder
 from fpdm.fixedpoint import Solver, Status
 from fpdm.models import Output
@@ -37,6 +37,7 @@ from fpdm.sampling import (
     cost_of,
     course,
     initial_noise,
+    listed,
     load_plans,
     make_plan,
     nearest_plan,
@@ -103,8 +104,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         if names and transformer is not None and len(names) != transformer.config.num_classes:
             raise ValueError(f"there are {len(names)} class_names for {transformer.config.num_classes} classes")
         # As a mapping: diffusers takes lists in a folder's index for components.
-        self.register_to_config(class_names={str(i): name for i, name in enumerate(names)} or None)
-        self.register_to_config(only_classes=only_classes)
+        numbered = {str(i): name for i, name in enumerate(names)} or None
+        self.register_to_config(class_names=numbered, only_classes=only_classes)
         self.image_processor = VaeImageProcessor(do_resize=False)
 
     @classmethod

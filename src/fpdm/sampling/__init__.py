@@ -9,6 +9,7 @@ from fpdm.sampling.budget import (
     apportion,
     check_allocation,
     fitting,
+    listed,
     make_plan,
 )
 from fpdm.sampling.continuous import check_shared, continuous
@@ -54,6 +55,7 @@ __all__ = [
     "fitting",
     "image_generators",
     "initial_noise",
+    "listed",
     "load_plans",
     "make_plan",
     "measure_profile",

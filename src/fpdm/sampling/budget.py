@@ -97,13 +97,12 @@ def make_plan(
     Raises ValueError where the choices contradict each other or the budget is too small, naming the smallest possible.
     """
     budget, num_steps = _whole("budget", budget), _whole("num_steps", num_steps)
-    allocation = getattr(allocation, "tolist", lambda: allocation)()  # NumPy's arrays and numbers
+    allocation, iterations = listed(allocation), listed(iterations)
     if not isinstance(allocation, Sequence):
         raise ValueError(f"allocation is {allocation!r}; it must be a name, like 'linear:1', or a weight per timestep")
     if cost.per_iteration == 0:
         _refuse_allocation(allocation, "an explicit DiT")
         return _explicit_plan(cost, budget, num_steps, iterations, calls)
-    iterations = getattr(iterations, "tolist", lambda: iterations)()
     if isinstance(iterations, Sequence):
         _refuse_allocation(allocation, "a list of iterations")
         return _listed_plan(cost, budget, num_steps, list(iterations), calls)
@@ -135,6 +134,11 @@ def _steps_for(cost: Cost, budget: int, iterations: int | None) -> int:
         count = counted(iterations or 1, "iteration")
         raise ValueError(f"a budget of {budget} block passes is too small: one timestep with {count} needs {least}")
     return max(1, budget // cost.passes(iterations or cost.usual_iterations))
+
+
+def listed(values: Any) -> Any:
+    """NumPy's and torch's arrays and numbers as Python's; others as they are."""
+    return values.tolist() if hasattr(values, "tolist") else values
 
 
 def counted(number: int, what: str) -> str:
