@@ -1,6 +1,6 @@
 """Put a trained model into the package: its weights in float16, measured as they are stored, and a model card.
 
-    fpdm tune RUN --data DIR --budgets 24,40,80,160 --out TUNED
+    fpdm tune RUN --data DIR --budget 24,40,80,160 --out TUNED
     python scripts/ship.py RUN --name fashion-mnist --data DIR --out SWEEP
 
 The tuned plans come along, and are what is measured. SWEEP is a folder of `fpdm sweep`, for docs and plots; the same
