@@ -1,3 +1,4 @@
+from fpdm.recipes.forms import form
 from fpdm.training.config import Config
 
 
@@ -10,8 +11,7 @@ def cifar10() -> Config:
         source="folder",
         image_size=32,
         model="S/2",
-        time_in_pre_post=True,
-        input_skip=True,
+        **form("1+1+1"),
         flip=True,
         steps=200_000,
         batch_size=128,

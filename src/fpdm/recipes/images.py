@@ -1,3 +1,4 @@
+from fpdm.recipes.forms import form
 from fpdm.training.config import Config
 
 
@@ -7,14 +8,13 @@ def images() -> Config:
     fpdm train images --data DIR --image-size 64 --model S/4
 
     Hours and scores depend on the folder. The defaults are those of the paper where it has any (AdamW, 1e-4, no weight
-    decay, EMA 0.9999, N = 10, M = 12), with a batch that one device takes and a short warm-up.
+    decay, EMA 0.9999), but for N and M, with a batch that one device takes and a short warm-up.
     """
     return Config().with_fields(
         source="auto",
         image_size=64,
         model="S/4",
-        time_in_pre_post=True,
-        input_skip=True,
+        **form("1+1+1"),
         flip=True,
         prediction_type="v_prediction",
         beta_schedule="cosine",
