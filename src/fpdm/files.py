@@ -84,9 +84,10 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 
 def steps_in(checkpoints: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, damaged ones too, going by their names."""
+    """The steps of the checkpoints in a folder, damaged ones too, rising. They go by their names: a copy of one under
+    another name is none."""
     names = (path.name.removeprefix("step-") for path in checkpoints.glob("step-*"))
-    return [int(name) for name in names if name.isdigit()]
+    return sorted(int(name) for name in names if name.isdecimal() and f"{int(name):08d}" == name)
 
 
 def is_free(path: Path) -> bool:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -70,6 +71,9 @@ def test_help(arguments, capsys):
         (["train", "digits", "--crop", "centre"], ["centre", "'center'"]),
         (["train", "digits", "--device", "cuda"], ["cuda", "cpu"]),
         (["train", "images"], ["--data PATH"]),
+        (["train", "images", "--data", ""], ["--data PATH"]),
+        (["train", "digits", "--lr", "inf"], ["lr is inf", "finite"]),
+        (["train", "digits", "--min-snr-gamma", "nan"], ["min_snr_gamma is nan", "finite"]),
         (["train", "images", "--data", "/nowhere"], ["there is no /nowhere"]),
         (["train", "images", "--data", "{tmp}"], ["holds no images"]),
         (["train", "fashion_mnist", "--data", "{tmp}"], ["train-images-idx3-ubyte"]),
@@ -282,6 +286,41 @@ def test_sample_does_not_mix_requests_or_folders(model, tmp_path, capsys):
     (tmp_path / "album").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "album/me.png")
     assert "holds images already" in refused([*command[:-1], tmp_path / "album"], capsys)
+
+
+def test_a_file_of_no_kind_is_not_said_to_be_missing(tmp_path, capsys):
+    (tmp_path / "photos.zip").write_bytes(b"PK")
+    assert "photos.zip is of no kind that is read: name a folder" in refused(
+        ["train", "images", "--data", tmp_path / "photos.zip"], capsys
+    )
+
+
+def test_images_whose_names_are_no_text_are_named_too(tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for place in range(3):
+        Image.new("RGB", (8, 8), (place, 0, 0)).save(folder / f"{place}.png")
+    Path(os.fsdecode(os.fsencode(folder) + b"/bad\xff.png")).write_bytes(b"no image")
+    words = [
+        "train", "images", "--data", folder, "--image-size", 8, "--model", "none", "--hidden-size", 16,
+        "--num-heads", 2, "--patch-size", 4, "--batch-size", 4, "--steps", 2, "--warmup", 0,
+        "--workers", 0, "--device", "cpu", "--runs-dir", tmp_path / "runs",
+    ]  # fmt: skip
+    assert main([str(word) for word in words]) == 0
+    said = capsys.readouterr().out
+    assert "1 images could not be read" in said
+    assert "bad\\udcff.png" in said
+
+
+@pytest.mark.parametrize(
+    ("saved", "said"),
+    [
+        (True, "Saved at step 6. The same command goes on from there."),
+        (False, "Stopped at step 6, which could not be saved. The same command goes on from what was saved before."),
+    ],
+)
+def test_an_interrupted_training_says_whether_it_is_saved(saved, said):
+    assert said in train.closing_words("interrupted", 6, saved, Path("runs/a"), [], recipe("digits"))
 
 
 def resolved(*words):

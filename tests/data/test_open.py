@@ -91,7 +91,7 @@ def test_every_kind_reads_large_photographs_at_the_size_that_is_wanted(kind, tmp
 
 @pytest.mark.parametrize(("asked", "there"), CONTRADICTIONS)
 def test_another_kind_than_is_there_is_refused_by_name(places, asked, there):
-    with pytest.raises(ValueError, match=rf"It looks like .*: ask for kind '{there}'$") as refusal:
+    with pytest.raises(ValueError, match=rf"It looks like .*: ask for kind '{there}' \(--source {there}\)$") as refusal:
         open_images(places[there], kind=asked)
     assert places[there] in str(refusal.value)
 

@@ -6,12 +6,15 @@ import os
 import random
 import shutil
 import subprocess
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from fpdm.files import read_json, write_json
+from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.training import checkpoints, loop
 from fpdm.training.loop import Trainer
 from tests.commands import contents
@@ -327,3 +330,91 @@ def test_a_rollback_goes_to_before_the_trouble_and_further_each_time(copied):
     assert checkpoints.sound(copied / "checkpoints") == [5]
     state(5, 1)
     assert checkpoints.sound(copied / "checkpoints") == []
+
+
+def saved_again(folder, step, keep, useless=0):
+    """The last checkpoint of a folder saved as that of another step, after so many useless ones."""
+    tensors, state = checkpoints.read(folder, 10)
+    state["guard"][2] = useless
+    checkpoints.save(folder, step, tensors, {key: value for key, value in state.items() if key != "step"}, keep)
+
+
+def test_what_is_saved_after_going_back_is_the_newest(copied):
+    folder = copied / "checkpoints"
+    saved_again(folder, 7, keep=9)
+    assert checkpoints.all_steps(folder) == [5, 7]
+    found = checkpoints.newest(folder, pytest.fail)
+    assert found is not None
+    assert found[1]["step"] == 7
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.json"])
+@pytest.mark.parametrize("there", [True, False], ids=["empty", "missing"])
+def test_a_damaged_checkpoint_pushes_out_no_other(name, there, copied):
+    folder = copied / "checkpoints"
+    tensors, state = checkpoints.read(folder, 5)
+    damaged = folder / "step-00000010" / name
+    damaged.write_bytes(b"") if there else damaged.unlink()
+    checkpoints.save(folder, 6, tensors, {key: value for key, value in state.items() if key != "step"}, keep=1)
+    assert [path.name for path in folder.iterdir()] == ["step-00000006"]
+    found = checkpoints.newest(folder, pytest.fail)
+    assert found is not None
+    assert found[1]["step"] == 6
+
+
+def test_the_last_sound_checkpoint_is_kept_through_trouble(copied):
+    folder = copied / "checkpoints"
+    for step in (11, 12, 13):
+        saved_again(folder, step, keep=2, useless=step - 10)
+    assert checkpoints.all_steps(folder) == [10, 12, 13]
+    assert checkpoints.sound(folder) == [10]
+    saved_again(folder, 14, keep=2)
+    assert checkpoints.all_steps(folder) == [13, 14]
+
+
+@pytest.mark.parametrize("name", ["step-00000010.bak", "step-backup", "step-10", "step-00000010.tar"])
+def test_a_copy_beside_the_checkpoints_is_none(name, copied, capsys):
+    folder = copied / "checkpoints"
+    (folder / "step-00000010").rename(folder / name)
+    before = contents(folder / name)
+    assert Trainer(tiny(), copied).run() == "finished"
+    assert checkpoints.all_steps(folder) == [5, 10]
+    assert "damaged" not in capsys.readouterr().out
+    assert contents(folder / name) == before
+
+
+def test_a_log_that_was_damaged_keeps_no_run_from_going_on(copied):
+    with (copied / "log.jsonl").open("ab") as file:
+        file.write(b"\xff\xfe")
+    shutil.rmtree(copied / "checkpoints/step-00000010")
+    assert Trainer(tiny(), copied).run() == "finished"
+    assert [line["step"] for line in log_of(copied)] == [4, 8, 10]
+
+
+@pytest.mark.parametrize("how", ["stop", "continue"])
+def test_a_disk_that_is_full_at_the_end_is_named_and_the_same_command_exports(how, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(FixedPointDiTPipeline, "save_pretrained", full)
+        with pytest.raises(OSError, match=r"the model cannot be written: .*make room, and the same command goes on"):
+            Trainer(tiny(on_full_disk=how), path).run()
+    assert checkpoints.all_steps(path / "checkpoints") == [5, 10]
+    assert not (path / "pipeline").exists()
+    assert Trainer(tiny(on_full_disk=how), path).run() == "already finished"
+    assert (path / "pipeline/model_index.json").is_file()
+
+
+def test_a_tracker_without_room_loses_its_lines_only(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop.Trainer, "_tracker", lambda self: nullcontext())
+    monkeypatch.setattr(Accelerator, "log", full)
+    with pytest.raises(OSError, match="No space"):
+        Trainer(tiny(), tmp_path / "stopped").run()
+    assert Trainer(tiny(on_full_disk="continue"), tmp_path / "run").run() == "finished"
+    assert "a line for the tracker was lost" in capsys.readouterr().out
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [4, 8, 10]

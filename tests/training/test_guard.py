@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -218,12 +219,43 @@ def test_rolling_back_gives_up_after_three_times(tmp_path, monkeypatch):
     spoil(monkeypatch, lambda step: step >= 6)
     rates = rates_at(monkeypatch)
     config = tiny(skips=2, on_divergence="rollback", warmup=0, lr_schedule="constant", lr=1e-3)
-    with pytest.raises(Diverged):
+    with pytest.raises(FloatingPointError, match="3 rollbacks did not help: start anew under another --name"):
         Trainer(config, tmp_path / "run").run()
     assert [rate for step, rate in rates if step == 7] == [1e-3, 5e-4, 2.5e-4, 1.25e-4]
 
 
 def test_without_a_checkpoint_there_is_nothing_to_roll_back_to(tmp_path, monkeypatch):
     spoil(monkeypatch, lambda step: True)
-    with pytest.raises(Diverged):
+    with pytest.raises(FloatingPointError, match="No checkpoint is from before: start anew"):
         Trainer(tiny(on_divergence="rollback", checkpoint_every=100), tmp_path / "run").run()
+
+
+def test_a_row_of_useless_steps_longer_than_all_checkpoints_is_rolled_back(tmp_path, monkeypatch):
+    spoil(monkeypatch, lambda step: step >= 3)
+    rates = rates_at(monkeypatch)
+    config = tiny(
+        skips=6, on_divergence="rollback", checkpoint_every=1, keep_checkpoints=2, warmup=0, lr_schedule="constant"
+    )
+    with pytest.raises(FloatingPointError, match="3 rollbacks"):
+        Trainer(config, tmp_path / "run").run()
+    assert [step for step, _ in rates].count(4) == 4, "each began at the last sound one, of step 3"
+
+
+def test_an_interruption_after_a_rollback_goes_on_from_there(tmp_path, monkeypatch):
+    spoil(monkeypatch, lambda step: step >= 6)
+    config = tiny(skips=3, on_divergence="rollback", warmup=0, lr_schedule="constant", lr=1e-3)
+    one_step, rolled = Trainer._one_step, []
+
+    def pressed(self, batches):
+        one_step(self, batches)
+        if self.rollbacks == 2 and not rolled:
+            rolled.append(self.step)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_one_step", pressed)
+    path = tmp_path / "run"
+    assert Trainer(config, path).run() == "interrupted"
+    rates = rates_at(monkeypatch)
+    with pytest.raises(FloatingPointError, match="3 rollbacks"):
+        Trainer(config, path).run()
+    assert rates[0] == (rolled[0] + 1, 2.5e-4)

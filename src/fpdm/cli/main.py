@@ -1,6 +1,7 @@
 """Parsing, and what becomes of errors: one clear message and exit status 2, the traceback with --debug."""
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -73,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fpdm: {unknown('command', words[0], COMMANDS)}", file=sys.stderr)
         return 2
     options = make_parser().parse_args(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files may be no text, and are printed when all is done
+        sys.stdout.reconfigure(errors="backslashreplace")
     # How long OpenMP's threads (of torch's CPU build) spin before they sleep. The default is so long that, beside one
     # busy process on two cores, `fpdm sample` took ten times as long as with this; alone it makes no difference.
     os.environ.setdefault("GOMP_SPINCOUNT", "8000")

@@ -65,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
         print(trainer.summary(), flush=True)
     outcome = trainer.run()
     if main_process:
-        print(closing_words(outcome, trainer.step, path, list(trainer.broken), config))
+        saved = trainer.saver.is_saved()
+        print(closing_words(outcome, trainer.step, saved, path, list(trainer.broken), config))
     status = 130 if outcome == "interrupted" else 0
     if trainer.accelerator.num_processes > 1:
         leave(status)
@@ -120,13 +121,14 @@ def reader(kind: type) -> Callable[[str], Any]:
     return read
 
 
-def closing_words(outcome: str, step: int, path: Path, broken: list[str], config: Config) -> str:
+def closing_words(outcome: str, step: int, saved: bool, path: Path, broken: list[str], config: Config) -> str:
     lines = []
     if broken:
         shown = "\n  ".join(broken[:10]) + (f"\n  and {len(broken) - 10} more" if len(broken) > 10 else "")
         lines.append(f"{len(broken)} images could not be read and were passed over:\n  {shown}")
     if outcome == "interrupted":
-        lines.append(f"Saved at step {step}. The same command goes on from there.")
+        there = f"Saved at step {step}" if saved else f"Stopped at step {step}, which could not be saved"
+        lines.append(f"{there}. The same command goes on from {'there' if saved else 'what was saved before'}.")
     elif outcome == "already finished":
         more = "Take another --name"
         if config.optimizer.lr_schedule != "cosine":  # which has come down to 0, and would jump up again

@@ -48,7 +48,8 @@ def open_images(
         check_split(place, split, meant)
     if meant is None:
         others = "shards (.tar), a data set of Hugging Face's (hub:NAME), or digits"
-        raise ValueError(f"there is no {place}: name a folder of images or IDX files, an .npz file, {others}")
+        there = f"{place} is of no kind that is read" if Path(place).exists() else f"there is no {place}"
+        raise ValueError(f"{there}: name a folder of images or IDX files, an .npz file, {others}")
     opened: dict[str, Callable[[], Source]] = {
         "digits": lambda: _digits(place),
         "folder": lambda: ImageFolder(place, channels, size),
@@ -63,7 +64,7 @@ def open_images(
         if looks in (None, meant):
             raise
         raise ValueError(
-            f"{str(error).rstrip('.')}. It looks like {KINDS[str(looks)]}: ask for kind {looks!r}"
+            f"{str(error).rstrip('.')}. It looks like {KINDS[str(looks)]}: ask for kind {looks!r} (--source {looks})"
         ) from error
 
 

@@ -137,7 +137,7 @@ def build(config: Config, stand_in: Source | None = None) -> Parts:
 
 def open_source(config: DataConfig) -> Source:
     """The images that a config names. Raises ValueError if there are none that can be read."""
-    if config.data is None and config.source != "digits":
+    if not config.data and config.source != "digits":
         raise ValueError("this recipe needs data: name a folder of images, or what else `fpdm train --help` lists, "
                          "with --data PATH")  # fmt: skip
     place = config.data or "digits"

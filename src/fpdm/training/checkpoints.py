@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fpdm.files import checksum, read_json, sync_folder, write_json
+from fpdm.files import checksum, read_json, steps_in, sync_folder, write_json
 from fpdm.training.devices import like, whole
 from fpdm.training.guard import Guard
 
@@ -45,8 +45,9 @@ def gathered(model: nn.Module, ema: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep: int) -> None:
-    """Write the checkpoint of `step` below `folder` and remove all but the last `keep`. Raises OSError if the disk is
-    full; earlier checkpoints are as they were."""
+    """Write the checkpoint of `step` below `folder`. Removes all but the last `keep`, and the last sound one; and what
+    is there of later steps, which was damaged, or left behind by going back: the next start would take it for the
+    newest. Raises OSError if the disk is full; earlier checkpoints are as they were."""
 
     def write(aside: Path) -> None:
         for name, named in tensors.items():
@@ -56,16 +57,20 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep:
 
     try:
         replace_folder(folder / NAME.format(step), write)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OSError(f"the checkpoint of step {step} cannot be written: {error}. Earlier ones are kept") from error
-    for name in map(NAME.format, all_steps(folder)[:-keep]):
+    before = [k for k in all_steps(folder) if k <= step]
+    kept = {*before[-keep:], *[k for k in sound(folder) if k <= step][-1:]}
+    later = [k for k in steps_in(folder) if k > step]
+    for name in map(NAME.format, [*(k for k in before if k not in kept), *later]):
         (folder / name).rename(folder / f".{name}.old")  # so that none is ever half removed under its name
     for leftover in folder.glob(".step-*"):  # these, and those of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
-    """Have `write` fill a folder beside `final`, sync it, and put it in the place of `final`."""
+    """Have `write` fill a folder beside `final`, sync it, and put it in the place of `final`. Raises OSError if it
+    cannot be written."""
     aside, old = (final.with_name(f".{final.name}.{what}") for what in ("writing", "old"))
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -76,8 +81,10 @@ def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
             if path.is_file():
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)  # on a full disk others need the room
+        if isinstance(error, SafetensorError):
+            raise OSError(str(error)) from error
         raise
     if final.exists():
         final.rename(old)
@@ -89,17 +96,21 @@ def replace_folder(final: Path, write: Callable[[Path], Any]) -> None:
 
 def all_steps(folder: Path) -> list[int]:
     """The steps of the checkpoints below `folder` that lack nothing, rising."""
-    return sorted(_step(path) for path in folder.glob("step-*") if all((path / name).is_file() for name in FILES))
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    paths = {step: folder / NAME.format(step) for step in steps_in(folder)}
+    return [step for step, path in paths.items() if all((path / name).is_file() for name in FILES)]
 
 
 def sound(folder: Path) -> list[int]:
     """The steps of the checkpoints below `folder` that were not written in a row of useless steps, rising."""
-    states = ((step, read_json(folder / NAME.format(step) / "state.json")) for step in all_steps(folder))
-    return [step for step, state in states if not Guard.in_trouble(state.get("guard"))]
+
+    def is_sound(step: int) -> bool:
+        try:
+            state = read_json(folder / NAME.format(step) / "state.json")
+        except ValueError:  # damaged
+            return False
+        return not Guard.in_trouble(state.get("guard"))
+
+    return list(filter(is_sound, all_steps(folder)))
 
 
 def read(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
@@ -118,13 +129,13 @@ def read(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
 def newest(folder: Path, say: Callable[[str], Any], most: int | None = None) -> tuple[Tensors, dict[str, Any]] | None:
     """The newest checkpoint that can be read, of at most step `most`; None if there are none. One that is damaged or
     lacks a file is named through `say`; ValueError if all are so."""
-    paths = [path for path in sorted(folder.glob("step-*")) if most is None or _step(path) <= most]
-    for path in reversed(paths):
+    steps = [step for step in steps_in(folder) if most is None or step <= most]
+    for step in reversed(steps):
         try:
-            return read(folder, _step(path))
+            return read(folder, step)
         except (OSError, ValueError) as error:
-            say(f"{path} is damaged ({error}): going back to the one before")
-    if paths:
+            say(f"{folder / NAME.format(step)} is damaged ({error}): going back to the one before")
+    if steps:
         raise ValueError(f"none of the checkpoints in {folder} can be read: remove the folder to start anew")
     return None
 

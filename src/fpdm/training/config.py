@@ -3,6 +3,7 @@
 Field names are unique over all groups: the command line sets each by its own flag.
 """
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from types import UnionType
@@ -195,6 +196,8 @@ def check_value(group: Any, name: str) -> None:
         value, (allowed, int) if allowed is float else allowed
     ):
         raise ValueError(f"{name} is {value!r}; it must be a value of type {allowed.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value}; it must be a finite number")
     if "choices" in metadata and value not in metadata["choices"]:
         raise ValueError(unknown(name, str(value), map(str, metadata["choices"])))
     too_large = "below" in metadata and value >= metadata["below"]

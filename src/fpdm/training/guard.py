@@ -22,10 +22,15 @@ class Diverged(FloatingPointError):
             f"the gradients of {in_a_row} steps in a row are not finite, or {EXPLODED:g} times as large as before. The "
             f"first was that of step {first}, whose batch has timesteps {timesteps[0]} to {timesteps[-1]}"
         )
-        super().__init__(
-            f"{self.what}; see it with `fpdm replay {run} --step {first}`. What was saved before is as it was. Go on "
-            "from there with --on-divergence rollback, or start anew under another --name with a lower --lr, a longer "
-            "--warmup, a smaller --grad-clip or --mixed-precision no"
+        self.run, self.first = run, first
+        super().__init__(self.advice("Go on from there with --on-divergence rollback, or start anew"))
+
+    def advice(self, next: str) -> str:
+        """What happened, and what to do."""
+        return (
+            f"{self.what}; see it with `fpdm replay {self.run} --step {self.first}`. What was saved before is as it "
+            f"was. {next} under another --name with a lower --lr, a longer --warmup, a smaller --grad-clip or "
+            "--mixed-precision no"
         )
 
 

@@ -145,8 +145,11 @@ class Trainer:
                 return self._train(interrupt, bar)
             except Diverged as error:
                 count, sound = self.rollbacks + 1, self.saver.sound_steps()
-                if self.config.run.on_divergence == "stop" or count > MOST_ROLLBACKS or not sound:
+                if self.config.run.on_divergence == "stop":
                     raise
+                if count > MOST_ROLLBACKS or not sound:
+                    tried = f"{MOST_ROLLBACKS} rollbacks did not help" if sound else "No checkpoint is from before"
+                    raise FloatingPointError(error.advice(f"{tried}: start anew")) from error
                 self.saver.restore(sound[-min(count, len(sound))])  # another time, the one before
                 self.rollbacks, self.operations = count, 0.0
                 what = f"{error.what}. Going back to step {self.step}, with {0.5**count:g} of the learning rate"
@@ -337,7 +340,8 @@ class Trainer:
         try:
             yield
         finally:
-            self.accelerator.end_training()
+            with self.saver.writing("what the tracker held back"):
+                self.accelerator.end_training()
 
     def _bar(self) -> tqdm:
         return tqdm(

@@ -91,11 +91,11 @@ class RunDir:
         if not self.log.is_file():
             return
         kept = []
-        for line in self.log.read_text().splitlines():
+        for line in self.log.read_text(errors="replace").splitlines():
             try:
                 entry = json.loads(line)
             except json.JSONDecodeError:
-                continue  # torn, on a full disk or by a kill
+                continue  # torn, on a full disk or by a kill, or damaged
             if entry["step"] > step:
                 break
             if step >= last or PARTIAL not in entry:

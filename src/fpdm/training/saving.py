@@ -32,10 +32,11 @@ class Saver:
 
     def append_log(self, entry: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
-            with self._writing("a line of the log"):
+            with self.writing("a line of the log"):
                 self.dir.append_log(entry)
         numbers = {key: value for key, value in scalars(entry).items() if key not in ("step", "seconds", PARTIAL)}
-        self.accelerator.log(numbers, step=entry["step"])
+        with self.writing("a line for the tracker"):
+            self.accelerator.log(numbers, step=entry["step"])
 
     def save_grid(self) -> None:
         """Images of the averaged weights, at fixed seeds."""
@@ -48,7 +49,7 @@ class Saver:
         pipe.set_progress_bar_config(disable=True)
         budget = max(self.settings.sample_budget, pipe.plan(num_inference_steps=1).planned)
         images = pipe(labels, count, budget=budget, seed=self.settings.seed).images
-        with self._writing("a grid of samples"):
+        with self.writing("a grid of samples"):
             grid(images, columns=10).save(self.dir.samples / f"step-{self.run.step:08d}.png")
 
     def save(self) -> None:
@@ -62,9 +63,13 @@ class Saver:
         main = self.accelerator.is_main_process
         tensors = checkpoints.gathered(run.net, run.ema.model, run.optimizer, keep=main)
         if self.accelerator.is_main_process:
-            with self._writing("a checkpoint"):
+            with self.writing("a checkpoint"):
                 checkpoints.save(self.dir.checkpoints, run.step, tensors, state, self.settings.keep_checkpoints)
         self.accelerator.wait_for_everyone()
+
+    def is_saved(self) -> bool:
+        """Whether there is a checkpoint of this step."""
+        return self.run.step in checkpoints.all_steps(self.dir.checkpoints)
 
     def sound_steps(self) -> list[int]:
         """The steps of the checkpoints from before any trouble."""
@@ -96,7 +101,8 @@ class Saver:
         self.accelerator.wait_for_everyone()
 
     def export(self) -> None:
-        """The averaged weights as a pipeline folder, with a note of what it was made from."""
+        """The averaged weights as a pipeline folder, with a note of what it was made from. Raises OSError if the
+        disk is full, whatever else a full disk may lose: nothing comes after it."""
         model = self.averaged()
 
         def write(folder: Path) -> None:
@@ -105,7 +111,13 @@ class Saver:
             write_json(folder / TRAINING, {"step": self.run.step, **self.run.config.to_dict()})
 
         if self.accelerator.is_main_process:
-            checkpoints.replace_folder(self.dir.pipeline, write)
+            try:
+                checkpoints.replace_folder(self.dir.pipeline, write)
+            except OSError as error:
+                raise OSError(
+                    f"the model cannot be written: {error}. Checkpoints are as they were: make room, and the same "
+                    "command goes on"
+                ) from error
         self.accelerator.wait_for_everyone()
 
     def exported_step(self) -> int | None:
@@ -140,7 +152,7 @@ class Saver:
         )
 
     @contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
+    def writing(self, what: str) -> Iterator[None]:
         """A disk that is full ends the run, or loses it only what is written within, as was asked for."""
         try:
             yield
