@@ -1,6 +1,8 @@
 """Sources: what is in them, what they read, and what they refuse."""
 
+import errno
 import gzip
+import os
 import random
 import shutil
 from contextlib import suppress
@@ -191,14 +193,41 @@ def test_documents_films_and_numbers_are_no_images(tmp_path):
 
 def test_a_class_of_other_files_does_not_vanish_without_a_word(tmp_path):
     write(tmp_path, "ant/1.png", "bee/1.png")
-    (tmp_path / "empty").mkdir()
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git/config").touch()
     assert ImageFolder(tmp_path).class_names == ["ant", "bee"]  # warnings are errors here
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "same").symlink_to(tmp_path / "ant")
+    with pytest.warns(UserWarning, match="no classes: empty, same"):
+        assert ImageFolder(tmp_path).class_names == ["ant", "bee"]
+    (tmp_path / "empty").rmdir()
+    (tmp_path / "same").unlink()
     (tmp_path / "cat/deep").mkdir(parents=True)
     (tmp_path / "cat/deep/1.heic").touch()
     with pytest.warns(UserWarning, match=r"folders without images, which are no classes: cat\. .*\.png.*: convert"):
         assert ImageFolder(tmp_path).class_names == ["ant", "bee"]
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    write(tmp_path, "ant/1.png", "bee/1.png")
+    scandir = os.scandir
+
+    def denied(path):
+        if Path(path).name == "bee":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)  # root may read all
+    with pytest.raises(ValueError, match=r"the folder .*bee cannot be read \(Permission denied\)"):
+        ImageFolder(tmp_path)
+
+
+@pytest.mark.parametrize("most", [1023, 65535])
+def test_grey_maps_of_more_than_eight_bits_are_scaled(most, tmp_path):
+    numbers = (np.linspace(0, most, 16).round().astype(">u2")).tobytes()
+    (tmp_path / "a.pgm").write_bytes(b"P5 4 4 %d\n" % most + numbers)
+    image, _ = ImageFolder(tmp_path, channels=1).load(0)
+    assert np.abs(np.asarray(image).ravel() - np.linspace(0, 255, 16)).max() <= 1
 
 
 def test_what_is_no_folder_of_images(tmp_path):

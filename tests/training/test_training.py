@@ -141,6 +141,18 @@ def test_broken_images_are_passed_over_counted_and_named(tmp_path):
     assert log_of(tmp_path / "run")[-1]["broken_images"] == 1
 
 
+def test_broken_images_among_those_held_out_are_named_too(tmp_path):
+    data = images_folder(tmp_path / "data")
+    names = {f"dog/broken{i}.png" for i in range(6)}
+    for name in names:
+        (data / name).write_bytes(b"not a picture")
+    trainer = Trainer(folder_config(data, holdout=9, validate_every=1), tmp_path / "run")
+    held = {trainer.parts.held.source.names[n] for n in trainer.parts.held.numbers} & names
+    trainer.run()
+    assert 0 < len(held) < 6
+    assert {said.partition(":")[0] for said in trainer.broken} == names
+
+
 @pytest.mark.parametrize("place", [".", "runs", "cat/deep"])
 def test_a_run_among_the_images_that_it_trains_on_is_refused(place, tmp_path, monkeypatch):
     data = images_folder(tmp_path / "photos")

@@ -65,8 +65,8 @@ class ImageFolder:
     channels  1 or 3: images are converted to grey or RGB
     size      pixels of the squares that they will be made into: see `read_image`
 
-    Folders beside those of classes that hold other files only are named in a warning. Raises ValueError for a folder
-    that is missing or has no images, or one that mixes both layouts.
+    Folders beside those of classes that hold nothing, or other files only, are named in a warning. Raises ValueError
+    for a folder that is missing or has no images, one that mixes both layouts, or holds folders that cannot be read.
     """
 
     def __init__(self, path: str | Path, channels: int = 3, size: int | None = None):
@@ -90,7 +90,8 @@ class ImageFolder:
                 f"the folders of {self.root} are splits of a data set ({', '.join(folders)}), not classes: "
                 f"name one of them, {self.root / folders[0]}"
             )
-        if folders and (without := sorted({*_folders(files)} - {*folders})):
+        there = {place.name for place in self.root.iterdir() if place.is_dir() and not place.name.startswith(".")}
+        if folders and (without := sorted(there - {*folders})):
             some = ", ".join(without[:5]) + (" and others" if len(without) > 5 else "")
             warnings.warn(
                 f"{self.root} has folders without images, which are no classes: {some}. Files are taken for images by "
@@ -158,7 +159,8 @@ def read_image(content: Path | bytes, name: str, size: int | None = None) -> Ima
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as file:
             if size is not None:
                 file.draft(None, (SPARE * size, SPARE * size))  # the least size; other formats leave it
-            image = opaque(eight_bits(ImageOps.exif_transpose(file)))
+            known = file.format == "PPM"  # of which Pillow makes numbers of 16 bits, where 8 are too few
+            image = opaque(eight_bits(ImageOps.exif_transpose(file), known))
             return image if image.mode == "L" else image.convert("RGB")
     except UnidentifiedImageError as error:  # Pillow's text names an object in memory
         raise BrokenImage(f"{name}: it is no image, or of a format that Pillow does not know") from error
@@ -168,9 +170,10 @@ def read_image(content: Path | bytes, name: str, size: int | None = None) -> Ima
         raise BrokenImage(f"{name}: {error}") from error
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """An image of at most 8 bits per channel. Pillow would clip 16 bits, not scale them: nearly all is white."""
-    if image.mode.startswith("I;16"):
+def eight_bits(image: Image.Image, known: bool = False) -> Image.Image:
+    """An image of at most 8 bits per channel. Pillow would clip 16 bits, not scale them: nearly all is white. `known`
+    says that integers of unknown range have 16."""
+    if image.mode.startswith("I;16") or (known and image.mode == "I"):
         return Image.fromarray((np.asarray(image).astype(np.uint16) // 257).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"pixels of mode {image.mode} have no known range: save them with 8 or 16 bits")
@@ -191,9 +194,14 @@ def _folders(names: list[str]) -> list[str]:
 
 
 def _files(root: Path) -> list[str]:
-    """Paths below `root`, relative, with forward slashes; hidden ones are left out, links are followed once."""
+    """Paths below `root`, relative, with forward slashes; hidden ones are left out, links are followed once. Raises
+    ValueError for a folder that cannot be read."""
+
+    def refuse(error: OSError) -> None:  # else its images, a class perhaps, would be missing without a word
+        raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}): mend it, or move it away")
+
     names, seen = [], set()
-    for folder, folders, entries in os.walk(root, followlinks=True):
+    for folder, folders, entries in os.walk(root, followlinks=True, onerror=refuse):
         if (real := os.path.realpath(folder)) in seen:  # a link back up
             folders.clear()
             continue

@@ -328,6 +328,7 @@ class Trainer:
         model = self.saver.averaged()
         if model is not None and self.accelerator.is_main_process:
             look = self._validation.look(model, self._slots(0).size, self.accelerator.device)
+            self.broken |= dict.fromkeys(self._validation.broken)
             if look.buckets or look.residuals:
                 self.saver.append_log({"step": self.step, "validation": look.to_dict()})
         self.accelerator.wait_for_everyone()

@@ -76,14 +76,16 @@ class Validation:
 
     held        the images kept out of training; without any, only residuals are looked at, on images of the training
     iterations  of the fixed point, for the loss
+    broken      what is said of held-out images that cannot be read
     """
 
     def __init__(
         self, source: Source, held: Source | None, prepare: Prepare, loss: DiffusionLoss, seed: int, iterations: int
     ):
         self.held, self.loss, self.iterations = held, loss, iterations
-        images, labels = loaded(held or source, prepare, seed, len(held) if held else PROBES)
+        images, labels, broken = loaded(held or source, prepare, seed, len(held) if held else PROBES)
         self.images, self.labels = images, labels
+        self.broken = broken if held else []  # training names others
         count = len(images)
         # Every bucket alike, and every image at one timestep.
         places = (torch.arange(count) + 0.5) / max(1, count)
@@ -121,17 +123,21 @@ class Validation:
         return self.loss.noisy(x0, noise, t), t, y, x0, noise
 
 
-def loaded(source: Source, prepare: Prepare, seed: int, count: int) -> tuple[Tensor, Tensor]:
-    """The first `count` images that can be read, as a network takes them (B, C, H, W), and their labels (B,)."""
+def loaded(source: Source, prepare: Prepare, seed: int, count: int) -> tuple[Tensor, Tensor, list[str]]:
+    """The first `count` images that can be read, as a network takes them (B, C, H, W), their labels (B,), and what is
+    said of those that cannot."""
     images: list[Tensor] = []
     labels: list[int] = []
+    broken: list[str] = []
     for index in range(len(source)):
         if len(images) == count:
             break
         try:
             image, label = source.load(index)
-        except BrokenImage:
-            continue  # training, or the first look at the data, names it
+        except BrokenImage as error:
+            broken.append(str(error))
+            continue
         images.append(prepare(image, generator(seed, "validation", index)))
         labels.append(label)
-    return torch.stack(images) if images else torch.empty(0), torch.tensor(labels, dtype=torch.int64)
+    found = torch.stack(images) if images else torch.empty(0)
+    return found, torch.tensor(labels, dtype=torch.int64), broken
