@@ -188,7 +188,16 @@ def test_documents_films_and_numbers_are_no_images(tmp_path):
     write(tmp_path, "a.png")
     for end in ("pdf", "eps", "psd", "mpg", "h5", "apng", "avifs", "pfm", "ico", "txt"):
         (tmp_path / f"b.{end}").touch()
-    assert ImageFolder(tmp_path).names == ["a.png"]
+    (tmp_path / "c.pdf").touch()
+    with pytest.warns(UserWarning, match="has 1 images, and 2 files '.pdf' taken for none"):
+        assert ImageFolder(tmp_path).names == ["a.png"]
+
+
+def test_a_caption_beside_each_image_is_usual(tmp_path):
+    write(tmp_path, "a.png", "b.png")
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+    assert ImageFolder(tmp_path).names == ["a.png", "b.png"]  # warnings are errors here
 
 
 def test_a_class_of_other_files_does_not_vanish_without_a_word(tmp_path):

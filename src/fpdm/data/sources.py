@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -65,8 +66,9 @@ class ImageFolder:
     channels  1 or 3: images are converted to grey or RGB
     size      pixels of the squares that they will be made into: see `read_image`
 
-    Folders beside those of classes that hold nothing, or other files only, are named in a warning. Raises ValueError
-    for a folder that is missing or has no images, one that mixes both layouts, or holds folders that cannot be read.
+    Folders beside those of classes that hold nothing, or other files only, are named in a warning, and so are files of
+    another kind where they are more. Raises ValueError for a folder that is missing or has no images, one that mixes
+    both layouts, or holds folders that cannot be read.
     """
 
     def __init__(self, path: str | Path, channels: int = 3, size: int | None = None):
@@ -96,6 +98,14 @@ class ImageFolder:
             warnings.warn(
                 f"{self.root} has folders without images, which are no classes: {some}. Files are taken for images by "
                 f"their names ({', '.join(EXTENSIONS)}): convert others to one of these",
+                stacklevel=2,
+            )
+        known = {*found}
+        others = Counter(Path(name).suffix for name in files if name not in known).most_common(1)
+        if others and others[0][1] > len(found):  # captions beside all images are usual
+            warnings.warn(
+                f"{self.root} has {len(found)} images, and {others[0][1]} files {others[0][0]!r} taken for none. "
+                f"They go by their names ({', '.join(EXTENSIONS)}): convert others to one of these",
                 stacklevel=2,
             )
         self.names, self.class_names = found, folders
