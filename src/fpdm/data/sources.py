@@ -30,6 +30,7 @@ def extensions() -> tuple[str, ...]:
 
 
 EXTENSIONS = extensions()
+BY_NAME = f"Files are taken for images by their names ({', '.join(EXTENSIONS)}): convert others to one of these"
 
 
 class BrokenImage(ValueError):
@@ -96,16 +97,14 @@ class ImageFolder:
         if folders and (without := sorted(there - {*folders})):
             some = ", ".join(without[:5]) + (" and others" if len(without) > 5 else "")
             warnings.warn(
-                f"{self.root} has folders without images, which are no classes: {some}. Files are taken for images by "
-                f"their names ({', '.join(EXTENSIONS)}): convert others to one of these",
-                stacklevel=2,
+                f"{self.root} has folders without images, which are no classes: {some}. {BY_NAME}", stacklevel=2
             )
         known = {*found}
         others = Counter(Path(name).suffix for name in files if name not in known).most_common(1)
         if others and others[0][1] > len(found):  # captions beside all images are usual
             warnings.warn(
                 f"{self.root} has {len(found)} images, and {others[0][1]} files {others[0][0]!r} taken for none. "
-                f"They go by their names ({', '.join(EXTENSIONS)}): convert others to one of these",
+                + BY_NAME,
                 stacklevel=2,
             )
         self.names, self.class_names = found, folders

@@ -59,12 +59,16 @@ def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], keep:
         replace_folder(folder / NAME.format(step), write)
     except OSError as error:
         raise OSError(f"the checkpoint of step {step} cannot be written: {error}. Earlier ones are kept") from error
-    before = [k for k in all_steps(folder) if k <= step]
-    kept = {*before[-keep:], *[k for k in sound(folder) if k <= step][-1:]}
-    later = [k for k in steps_in(folder) if k > step]
-    for name in map(NAME.format, [*(k for k in before if k not in kept), *later]):
+    remove(folder, [other for other in steps_in(folder) if other > step])
+    kept = {*all_steps(folder)[-keep:], *sound(folder)[-1:]}
+    remove(folder, [other for other in all_steps(folder) if other not in kept])
+
+
+def remove(folder: Path, steps: list[int]) -> None:
+    """Remove the checkpoints of some steps, and what a process that was killed left of others."""
+    for name in map(NAME.format, steps):
         (folder / name).rename(folder / f".{name}.old")  # so that none is ever half removed under its name
-    for leftover in folder.glob(".step-*"):  # these, and those of a process that was killed
+    for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -25,11 +25,11 @@ class Diverged(FloatingPointError):
         self.run, self.first = run, first
         super().__init__(self.advice("Go on from there with --on-divergence rollback, or start anew"))
 
-    def advice(self, next: str) -> str:
-        """What happened, and what to do."""
+    def advice(self, then: str) -> str:
+        """What happened, and what to do: `then`, and how."""
         return (
             f"{self.what}; see it with `fpdm replay {self.run} --step {self.first}`. What was saved before is as it "
-            f"was. {next} under another --name with a lower --lr, a longer --warmup, a smaller --grad-clip or "
+            f"was. {then} under another --name with a lower --lr, a longer --warmup, a smaller --grad-clip or "
             "--mixed-precision no"
         )
 
