@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,30 @@ def test_a_disk_that_fills_up_is_one_message_and_keeps_what_was_saved(capsys, tm
     said = refused(["train", "digits", "--runs-dir", tmp_path, *TINY], capsys)
     assert "step 4 cannot be written" in said
     assert checkpoints.all_steps(tmp_path / "digits/checkpoints") == [2]
+
+
+CRASHING = """
+import os, signal, warnings
+from fpdm.cli import main, runs
+
+def crash(options):
+    warnings.warn("few images")
+    warnings.warn("of a library", RuntimeWarning)
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+runs.run = crash
+main(["runs"])
+"""
+
+
+def test_warnings_are_one_line_for_users_and_a_crash_in_native_code_leaves_a_trace():
+    ended = subprocess.run([sys.executable, "-c", CRASHING], capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGSEGV
+    first, second, *trace = ended.stderr.splitlines()
+    assert first == "fpdm runs: warning: few images"
+    assert second == "<string>:7: RuntimeWarning: of a library"
+    assert any("Segmentation fault" in line for line in trace)
+    assert any("line 8 in crash" in line for line in trace)
 
 
 def test_damaged_models_are_refused(model, capsys, tmp_path):

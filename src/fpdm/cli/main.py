@@ -1,11 +1,14 @@
 """Parsing, and what becomes of errors: one clear message and exit status 2, the traceback with --debug."""
 
 import argparse
+import faulthandler
 import io
 import os
 import re
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import fpdm
@@ -79,8 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # How long OpenMP's threads (of torch's CPU build) spin before they sleep. The default is so long that, beside one
     # busy process on two cores, `fpdm sample` took ten times as long as with this; alone it makes no difference.
     os.environ.setdefault("GOMP_SPINCOUNT", "8000")
+    if not faulthandler.is_enabled():
+        with suppress(OSError, ValueError, RuntimeError):  # where standard error is no file
+            faulthandler.enable()  # a crash in native code, after days perhaps, says where it was
     try:
-        return options.run(options)
+        with plain_warnings(options.parser.prog):
+            return options.run(options)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
@@ -92,6 +99,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"{options.parser.prog}: {told}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def plain_warnings(program: str) -> Iterator[None]:
+    """Warnings for users without the line of code that gave them; those of libraries with it."""
+    default = warnings.formatwarning
+
+    def plain(message: Any, category: type[Warning], *where: Any, **line: Any) -> str:
+        return (
+            f"{program}: warning: {message}\n"
+            if category is UserWarning
+            else default(message, category, *where, **line)
+        )
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = default
 
 
 def telling(error: Exception) -> str | None:
