@@ -147,11 +147,20 @@ def test_whole_numbers_called_labels_are_classes(tmp_path, name, kind):
     assert (source.class_names, source.load(2)[1]) == (["0", "1", "2"], 2)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("number", "int64"), ("label", "string"), ("label", "float32")])
-def test_other_columns_are_not(tmp_path, name, kind):
-    rows = data().cast_column("label", datasets.Value(kind))
-    source = hub_images(saved(tmp_path / "a", rows if name == "label" else rows.rename_column("label", name)))
+def test_other_numbers_are_not(tmp_path):
+    rows = data().cast_column("label", datasets.Value("int64")).rename_column("label", "number")
+    source = hub_images(saved(tmp_path / "a", rows))
     assert (source.class_names, source.load(2)[1]) == ([], 0)
+
+
+@pytest.mark.parametrize("kind", ["string", "float32"])
+def test_labels_that_are_no_whole_numbers_are_not_and_it_is_told_what_makes_them_classes(tmp_path, kind):
+    rows = data().cast_column("label", datasets.Value(kind))
+    with pytest.warns(UserWarning, match=rf"column label is of {kind}.*class_encode_column\('label'\)"):
+        source = hub_images(saved(tmp_path / "a", rows))
+    assert (source.class_names, source.load(2)[1]) == ([], 0)
+    encoded = hub_images(saved(tmp_path / "b", rows.class_encode_column("label")))
+    assert (len(encoded.class_names), encoded.load(2)[1]) == (3, 2)
 
 
 def test_class_labels_go_before_numbers(tmp_path):

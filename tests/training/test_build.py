@@ -1,5 +1,7 @@
 """Settings that would have no effect are refused, every method trains, and a run in miniature needs no data."""
 
+import sys
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -132,6 +134,12 @@ def test_the_command_says_what_it_did_and_leaves_nothing(tmp_path, monkeypatch, 
 def test_what_a_run_would_be_refused_for_a_miniature_is_too():
     with pytest.raises(ValueError, match="damping has no effect"):
         dry_run(tiny(damping=0.7))
+
+
+def test_a_miniature_needs_the_tracker_of_the_whole(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match=r"tensorboard is not installed: pip install 'fpdm\[tensorboard\]'"):
+        dry_run(tiny(tracker="tensorboard"))
 
 
 def test_a_miniature_has_the_shape_of_the_whole():

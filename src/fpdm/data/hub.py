@@ -1,6 +1,7 @@
 """Images that Hugging Face's `datasets` opens: from the hub, saved to disk, or files of a kind that it knows."""
 
 import hashlib
+import warnings
 from contextlib import suppress
 from glob import has_magic
 from pathlib import Path
@@ -113,6 +114,12 @@ def _labels(data: Any) -> tuple[np.ndarray, list[str]]:
         whole = [name for name in LABELS if isinstance(features.get(name), Value) and "int" in features[name].dtype]
         column = next(iter(whole), None)
     if column is None:
+        if others := [name for name in LABELS if isinstance(data.features.get(name), Value)]:
+            kind, encoded = data.features[others[0]].dtype, f"data.class_encode_column({others[0]!r})"
+            warnings.warn(
+                f"column {others[0]} is of {kind}, and taken for no classes: if it names them, save {encoded} first",
+                stacklevel=4,
+            )
         return np.zeros(len(data), np.int64), []
     values = data.with_format("arrow").select_columns([column])[:][column]
     if values.null_count:

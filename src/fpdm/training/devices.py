@@ -30,12 +30,14 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     not in use.
     """
     run = config.run
-    tracker = None if run.tracker == "none" else run.tracker
-    if tracker is not None:
-        needs(tracker, tracker)  # accelerate would go on without it, in silence
     cpu = pick_device(run.device) == "cpu"
-    accelerator = Accelerator(cpu=cpu, mixed_precision=run.mixed_precision, log_with=tracker, project_dir=folder,
-                              kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)])  # fmt: skip
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision=run.mixed_precision,
+        log_with=tracker_of(config),
+        project_dir=folder,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
     kind, processes = accelerator.distributed_type, accelerator.num_processes
     if kind not in SUPPORTED:
         raise ValueError(
@@ -58,6 +60,15 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = run.tf32
     return accelerator
+
+
+def tracker_of(config: Config) -> str | None:
+    """Raises ImportError for one that is not installed, without which accelerate would go on in silence."""
+    tracker = config.run.tracker
+    if tracker == "none":
+        return None
+    needs(tracker, tracker)
+    return tracker
 
 
 def shard(model: Denoiser) -> None:

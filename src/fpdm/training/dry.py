@@ -10,6 +10,7 @@ from fpdm.data import Latent
 from fpdm.keyed import generator
 from fpdm.models.presets import preset
 from fpdm.training.config import Config
+from fpdm.training.devices import tracker_of
 from fpdm.training.loop import Trainer
 
 IMAGES = 8  # in the step, of each process and part
@@ -51,6 +52,7 @@ def dry_run(config: Config) -> tuple[Config, float]:
 
     Raises ValueError or ImportError for what a run would be refused for, but for its data.
     """
+    tracker_of(config)
     small = reduced(config)
     with TemporaryDirectory() as folder:
         trainer = Trainer(small, Path(folder) / "dry", RandomLatents(small, 4 * small.optimizer.batch_size))
