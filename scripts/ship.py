@@ -85,7 +85,12 @@ def store(run: Path, folder: Path) -> None:
     if not unguided_budgets(pipe):
         sys.exit(f"{run} has no tuned plans: `fpdm tune {run}` makes them")
     shutil.rmtree(folder, ignore_errors=True)
-    named = FixedPointDiTPipeline(pipe.transformer.half(), pipe.scheduler, class_names=CLASSES[folder.name])
+    named = FixedPointDiTPipeline(
+        pipe.transformer.half(),
+        pipe.scheduler,
+        class_names=CLASSES[folder.name],
+        only_classes=pipe.config.only_classes,
+    )
     named.tuned_plans = pipe.tuned_plans
     named.save_pretrained(folder)
     if (size := size_of(folder)) > MOST_BYTES:

@@ -18,6 +18,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fpdm import DiT, FixedPointDiT, FixedPointDiTPipeline
 from fpdm.diffusion import make_schedule
@@ -324,6 +325,17 @@ def test_latents_are_decoded():
     assert images.shape == (2, 3, 16, 16)
     torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1))
     assert pipe(0, budget=12).images[0].size == (16, 16)
+
+
+def test_an_autoencoder_that_lacks_weights_is_refused_when_it_is_opened(tmp_path):
+    make_pipeline(in_channels=4, vae=make_vae()).save_pretrained(tmp_path)
+    (path,) = (tmp_path / "vae").glob("*.safetensors")
+    weights = load_file(path)
+    save_file({name: weight for name, weight in weights.items() if "decoder.conv_in" not in name}, path)
+    with pytest.raises(
+        ValueError, match=r"autoencoder in .* is not whole: 2 weights are missing, such as decoder.conv_in"
+    ):
+        FixedPointDiTPipeline.from_pretrained(tmp_path)
 
 
 def test_an_autoencoder_that_overflows_in_half_precision_decodes_in_float32(caplog, monkeypatch):

@@ -78,7 +78,8 @@ def pick_device(name: str) -> str:
     if name == "auto":
         return next(device for device, found in there.items() if found)
     kind, _, number = name.partition(":")
-    if not there.get(kind, False) or (number and not (number.isdecimal() and int(number) < torch.cuda.device_count())):
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if not there.get(kind, False) or (number and not (number.isdecimal() and int(number) < count)):
         found = ", ".join(device for device in there if there[device])
         raise ValueError(f"device {name!r} is not available here; those that are: auto, {found}")
     return name

@@ -45,6 +45,7 @@ from fpdm.sampling import (
     save_plans,
     solver_of,
 )
+from fpdm.weights import check_whole
 
 logger = logging.get_logger(__name__)
 
@@ -124,6 +125,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                 **{name: kwargs.pop(name) for name in options if name in kwargs},
             )
         pipe = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
+        if isinstance(pipe.vae, torch.nn.Module):
+            check_whole(pipe.vae, f"the autoencoder in {path} is not whole")
         pipe.tuned_plans = load_plans(Path(path))
         return pipe
 

@@ -44,6 +44,8 @@ class Randomness:
         if given is not None and not isinstance(given, torch.Generator):
             if not isinstance(given, Sequence) or not all(isinstance(one, torch.Generator) for one in given):
                 raise ValueError(f"generator is {given!r}; it must be a torch.Generator, or a list with one per image")
+            if other := next((one for one in given if one.device.type != "cpu"), None):
+                raise ValueError(f"a generator is of {other.device}; those of single images must be of the CPU")
             if len(given) != self.count:
                 raise ValueError(f"{len(given)} generators for {self.count} images: give one, or one per image")
         if indices is not None and not isinstance(indices, Sequence):

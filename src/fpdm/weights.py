@@ -16,6 +16,12 @@ def digest(model: nn.Module) -> str:
     return sha.hexdigest()
 
 
+def check_whole(model: nn.Module, what: str) -> None:
+    """Raises ValueError, saying `what`, if some weights were not in the files that diffusers opened `model` from."""
+    if missing := [name for name, weight in model.state_dict().items() if weight.is_meta]:
+        raise ValueError(f"{what}: {len(missing)} weights are missing, such as {missing[0]}")
+
+
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     """The weights in a file that `torch.save` wrote; nothing but tensors is ever unpickled.
 

@@ -277,6 +277,12 @@ REFUSALS = [
 ]  # fmt: skip
 
 
+def test_several_processes_are_told_that_one_measures(folder, others, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = refused(capsys, folder)
+    assert "several processes were launched, and one measures" in said
+
+
 @pytest.mark.parametrize(("arguments", "words"), REFUSALS)
 def test_what_cannot_be_measured_is_refused_before_anything_is_drawn(
     model, others, tmp_path, capsys, monkeypatch, arguments, words

@@ -466,6 +466,9 @@ def test_the_test_split_is_seen_by_a_classifier_of_the_training_split(tmp_path, 
     assert opened.name == f"{tmp_path} (test)"
     assert opened.extractor.header["data"] == train.fingerprint != opened.source.fingerprint
     assert opened.reference.moments.count == len(OTHERS)
+    copies = measured(opened, samples_of(DIGITS.images[SHOWN][:100]))  # of what there is to train on
+    assert copies["near copies"].value < 0.1
+    assert any("among the test images only" in note for note in copies.notes)
 
 
 def test_real_images_that_cannot_be_read_are_noted(projected):

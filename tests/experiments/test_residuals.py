@@ -2,7 +2,7 @@
 
 import torch
 
-from fpdm.data import digits
+from fpdm.data import BrokenImage, digits
 from fpdm.diffusion import make_schedule
 from fpdm.experiments.residuals import ITERATIONS, TIMESTEPS, residuals_by_timestep
 from fpdm.models import FixedPointDiT
@@ -32,6 +32,20 @@ def test_a_contraction_converges_at_every_timestep():
     residuals = residuals_of()
     assert (residuals[:, 0] > 0.01).all()
     assert (residuals[:, -1] < 0.1 * residuals[:, 0]).all()
+
+
+def test_images_that_cannot_be_read_are_left_out(monkeypatch):
+    source = digits()
+    load = type(source).load
+
+    def half(self, index):
+        if index % 2:
+            raise BrokenImage(f"{index}.png")
+        return load(self, index)
+
+    monkeypatch.setattr(type(source), "load", half)
+    found = residuals_by_timestep(FixedPointDiTPipeline(FixedPointDiT(**SIZES), make_schedule()), source)
+    assert 0 < found["images"] < 64
 
 
 def test_twice_the_same():

@@ -1,5 +1,6 @@
 """A sweep: which points there are, what is kept of each, and that a stopped one goes on to the same end."""
 
+import dataclasses
 import math
 import re
 import shutil
@@ -9,7 +10,7 @@ import pytest
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fpdm.drawing import schedule_of
+from fpdm.drawing import load_pipeline, schedule_of
 from fpdm.evaluation import Evaluation, Instrument, open_samples
 from fpdm.experiments import sweep
 from fpdm.experiments.points import Axes, Settings, labelled, points_of
@@ -41,6 +42,14 @@ def sweep_all(models, settings, out, processes=1):
 
 
 # Which points there are
+
+
+def test_the_parameters_of_a_point_are_the_networks_in_8_bits_too(models, settings, tmp_path):
+    model = next(iter(models.values()))
+    eight = dataclasses.replace(settings, dtype="int8")
+    (found,) = run_sweep([model], Axes([12], SCHEDULERS), eight, tmp_path / "sweep")
+    pipe = load_pipeline(labelled([model]).popitem()[1], "cpu", "float32")
+    assert found["parameters"] == sum(weight.numel() for weight in pipe.transformer.parameters())
 
 
 def test_points_are_all_models_budgets_schedulers_and_iterations(models, settings):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,6 +78,12 @@ def test_fixed_iterations_never_wait_for_the_device(n):
     assert {t.device.type for t in (found.value, found.residuals, found.iterations, found.status)} == {"meta"}
     with pytest.raises((RuntimeError, NotImplementedError)):  # what a wait looks like
         solve(halving, z, stopping=Tolerance(0.1, 3))
+
+
+def test_counts_may_be_numpys():
+    z = torch.tensor([[4.0], [2.0]])
+    found = solve(halving, z, stopping=FixedIterations(np.int64(3)))
+    assert torch.equal(found.value, solve(halving, z, stopping=FixedIterations(3)).value)
 
 
 def test_residuals_are_relative_and_per_sample():

@@ -75,6 +75,26 @@ def test_weights_by_hand():
     assert weights([0.0, 0.5]) == pytest.approx([1, 1], abs=1e-5)  # from noise without any signal
 
 
+def test_the_weights_of_heuns_calls_are_what_a_change_of_their_x0_does_to_the_step():
+    """After a step of two calls, in units of a clean image, by the change times the square root of the weight."""
+    template = make_schedule()
+    stepper = Stepper(template, "heun", 3, False)
+    assert stepper.level(1) == stepper.level(2)
+    found, level = weights([stepper.level(call) for call in range(3)]), torch.tensor(stepper.level(2))
+
+    def after(*x0s):
+        fresh, x = Stepper(template, "heun", 3, False), torch.full((1, 1, 1, 1), 0.7)
+        for call, x0 in enumerate(x0s):
+            here = torch.tensor(fresh.level(call))
+            noise = (x - here.sqrt() * x0) / (1 - here).sqrt()
+            x = fresh.step(noise, call, x, [])
+        return float(x / level.sqrt())
+
+    moved = [abs(after(*x0s) - after(0.0, 0.0)) for x0s in ((0.1, 0.0), (0.0, 0.1))]
+    assert moved == pytest.approx([0.1 * sqrt(found[0]), 0.1 * sqrt(found[1])], rel=1e-3)
+    assert found[2] == 1
+
+
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 7, 100, 1000])
 def test_no_step_has_a_weight_above_one_and_the_last_one_has_one(steps, zero_terminal_snr):

@@ -38,8 +38,9 @@ def test_merging_weights_by_images_and_adds_the_time():
     other = dataclasses.replace(REPORT, images=6, residuals=[[0.1, 0.05], [0.525]], running=[[6, 6], [6]], seconds=2.0)
     merged = REPORT.merged(other)
     assert merged.images == 8
+    # At the first timestep one of either's images diverged, which is in no mean.
     assert merged.seconds == 3.5
-    assert merged.residuals[0] == pytest.approx([0.2, 0.1])
+    assert merged.residuals[0] == pytest.approx([(REPORT.residuals[0][k] + 5 * (0.1, 0.05)[k]) / 6 for k in (0, 1)])
     assert merged.residuals[1] == pytest.approx([0.425])
     assert merged.diverged == 2
     assert merged.running == [[8, 8], [8]]
@@ -61,7 +62,7 @@ def test_merging_in_any_order_is_the_same():
 
 
 def test_the_images_of_a_report_that_stopped_first_stay_at_their_last_residual():
-    # Of two images one made a second iteration; of six, four made it, and three a third.
+    # Of two images one diverged, and one made a second iteration; of six, four made it, and three a third.
     short = dataclasses.replace(REPORT, residuals=[[0.4, 0.1], [0.2]], running=[[2, 1], [2]])
     long = dataclasses.replace(
         REPORT, images=6, spent=9.0, most=12, passes=[5.0, 4.0], total_passes=18.0, operations=1.8e6,
@@ -69,9 +70,7 @@ def test_the_images_of_a_report_that_stopped_first_stay_at_their_last_residual()
         status=[{"converged": 6}, {"completed": 6}],
     )  # fmt: skip
     for merged in (short.merged(long), long.merged(short)):
-        assert merged.residuals[0] == pytest.approx(
-            [(0.4 * 2 + 0.8 * 6) / 8, (0.1 * 2 + 0.2 * 6) / 8, (0.1 * 2 + 0.05 * 6) / 8]
-        )
+        assert merged.residuals[0] == pytest.approx([(0.4 + 0.8 * 6) / 7, (0.1 + 0.2 * 6) / 7, (0.1 + 0.05 * 6) / 7])
         assert merged.residuals[1] == pytest.approx([0.5])
         assert merged.running == [[8, 5, 3], [8]]
         assert merged.residual == [merged.residuals[0][-1], merged.residuals[1][-1]]

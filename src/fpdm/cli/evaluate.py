@@ -10,6 +10,7 @@ there.
 """
 
 import argparse
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,10 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "several processes were launched, and one measures: have them draw with `fpdm sample`, then evaluate that"
+        )
     out = None if options.out is None else Path(options.out)
     if out is not None:
         check_writable(out)

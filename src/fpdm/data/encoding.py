@@ -17,7 +17,7 @@ from fpdm.data.latents import FORMAT, INDEX, Autoencoder
 from fpdm.data.sources import BrokenImage, Source
 from fpdm.data.transforms import central, pixels
 from fpdm.files import checksum, read_json, write_aside, write_json
-from fpdm.weights import digest
+from fpdm.weights import check_whole, digest
 
 SHARD = 1024  # images
 NAME = "latents-{:05d}.safetensors"
@@ -34,8 +34,7 @@ def open_autoencoder(name: str) -> tuple[AutoencoderKL, Autoencoder]:
         vae = AutoencoderKL.from_pretrained(inside if inside.is_dir() else name)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"the autoencoder {name} cannot be opened: {error}") from error
-    if any(weight.is_meta for weight in vae.state_dict().values()):
-        raise ValueError(f"{name} holds another network than an AutoencoderKL: weights are missing")
+    check_whole(vae, f"{name} holds another network than an AutoencoderKL")
     if not vae.config.get("scaling_factor"):
         raise ValueError(f"the autoencoder {name} tells no scaling_factor, by which its latents are near unit variance")
     return vae.eval(), described(vae, name)

@@ -52,6 +52,7 @@ class Instrument:
     size: int
     extractor: Extractor
     reference: Reference
+    split: str = "train"
 
     @classmethod
     def open(
@@ -92,7 +93,7 @@ class Instrument:
             path = cache / f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
         reference = reference_for(source, size, extractor, path, say, remake)
         check_count(len(source) - reference.broken, data)
-        return cls(data if split == "train" else f"{data} ({split})", source, size, extractor, reference)
+        return cls(data if split == "train" else f"{data} ({split})", source, size, extractor, reference, split)
 
     def check(self, channels: int) -> None:
         """Raises ValueError if images of so many channels cannot be measured."""
@@ -153,6 +154,8 @@ class Instrument:
                 f"note: {len(x)} samples for {x.shape[1]} features: the distance is far above that of many samples, "
                 "and to be compared at this number only"
             )
+        if self.split != "train":
+            yield f"note: copies are looked for among the {self.split} images only, and not among those to train on"
         if self.reference.broken:
             yield f"note: {self.reference.broken} real images could not be read and were left out"
 

@@ -10,6 +10,7 @@ Trainings are runs of their own, which tables share. All that is finished stays,
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Experiment:
         if self.kept is not None:
             kepts.check_kept(self.kept, self.name, self.table, self.ground, self.steps())
         if trainings := self.trainings(part):
-            source = open_source(trainings[0].config.data)
+            source = opened(trainings[0].config.data)
             check_runs(trainings, self.runs, source.fingerprint)
         for name, images in (("choose", self.ground.chosen_on), ("report", self.ground.reported_on)):
             check_claim(self.out / name, self.settings(images), [])
@@ -299,7 +300,7 @@ class Experiment:
 
     def cost(self, training: Training) -> Row:
         """Parameters and operations of a training."""
-        model = build_model(training.config, open_source(training.config.data))
+        model = build_model(training.config, opened(training.config.data))
         count = training.config.optimizer.steps * training.config.optimizer.batch_size
         return {
             "parameters": sum(weight.numel() for weight in model.parameters()),
@@ -313,7 +314,7 @@ class Experiment:
         path = self.runs / training.name / "residuals.json"
         if not path.is_file():
             pipe = load_pipeline(self.folder(training), "cpu", "float32")
-            write_json(path, residuals_by_timestep(pipe, open_source(training.config.data)))
+            write_json(path, residuals_by_timestep(pipe, opened(training.config.data)))
         return {"convergence": read_json(path)}
 
 
@@ -384,8 +385,12 @@ def distance(point: Row) -> float:
     return float(point["evaluation"]["measures"][0]["value"])
 
 
+opened = lru_cache(maxsize=1)(open_source)  # to open a large folder takes seconds, and a table asks for it many times
+
+
+@lru_cache(maxsize=64)
 def operations_of_training(config: Config) -> float:
     """Operations per image of a training step, on average over its draws."""
-    model = build_model(config, open_source(config.data))
+    model = build_model(config, opened(config.data))
     courses = None if config.model.network == "dit" else make_courses(config.gradient, config.model.num_core)
     return mean_operations(model, courses)

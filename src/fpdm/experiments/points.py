@@ -92,6 +92,7 @@ class Point:
     choices: Choices
     tuned: bool = False
     operations: int = 0
+    parameters: int = 0  # before any are rounded to 8 bits, in which they are none to torch
 
     @classmethod
     def of(
@@ -108,7 +109,8 @@ class Point:
         plan = choices.plan(pipe)
         evaluations = 1 if choices.guidance_scale == 1 else 2
         operations = total(operations_of(pipe.transformer), plan) * evaluations
-        return cls(label, folder, identity, budget, choices, tuned, operations)
+        parameters = sum(weight.numel() for weight in pipe.transformer.parameters())
+        return cls(label, folder, identity, budget, choices, tuned, operations, parameters)
 
     @property
     def key(self) -> str:

@@ -1,10 +1,11 @@
 """How fast the iterates of a trained network converge, by timestep."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 
-from fpdm.data import ImagePreparation, Source
+from fpdm.data import BrokenImage, ImagePreparation, Source
 from fpdm.fixedpoint import FixedIterations, Solve
 from fpdm.keyed import generator
 from fpdm.models import FixedPointDiT
@@ -22,7 +23,10 @@ def residuals_by_timestep(pipe: FixedPointDiTPipeline, source: Source) -> dict[s
     model, scheduler = pipe.transformer, pipe.scheduler
     assert isinstance(model, FixedPointDiT)
     prepare = ImagePreparation(model.config.sample_size)
-    loaded = [source.load(index) for index in spread(len(source), IMAGES)]
+    loaded = []
+    for index in spread(len(source), IMAGES):
+        with suppress(BrokenImage):
+            loaded.append(source.load(index))
     images = torch.stack([prepare(image, generator("residuals", i)) for i, (image, _) in enumerate(loaded)])
     labels = torch.tensor([label if model.config.num_classes else 0 for _, label in loaded])
     noise = torch.randn(images.shape, generator=generator("residuals", "noise"))

@@ -105,11 +105,12 @@ def compute_missing(
 def shape_of(points: list[Point]) -> tuple[int, int]:
     """Side and channels of all models' images. Raises ValueError if they differ."""
     folders = {point.label: point.folder for point in points}
-    pipes = {label: load_pipeline(folder, "cpu", "float32") for label, folder in folders.items()}
-    sizes = {label: side_of(pipe) for label, pipe in pipes.items()}
+    sizes, channels = {}, {}
+    for label, folder in folders.items():
+        pipe = load_pipeline(folder, "cpu", "float32")  # one at a time: together they may not fit
+        sizes[label], channels[label] = side_of(pipe), channels_of(pipe)
     if len(set(sizes.values())) > 1:
         raise ValueError(f"the models draw images of different sizes, which one sweep cannot compare: {sizes}")
-    channels = {label: channels_of(pipe) for label, pipe in pipes.items()}
     if len(set(channels.values())) > 1:
         raise ValueError(f"the models draw grey and coloured images, which one sweep cannot compare: {channels}")
     return next(iter(sizes.values())), next(iter(channels.values()))
@@ -252,7 +253,7 @@ def measure_point(
         "plan": str(choices.plan(pipe)),
         "passes": report.spent,
         "operations": point.operations,
-        "parameters": sum(weight.numel() for weight in pipe.transformer.parameters()),
+        "parameters": point.parameters,
         "seconds": report.seconds / report.images,
         "diverged": report.diverged,
         "evaluation": evaluation.to_dict(),

@@ -10,6 +10,7 @@ first axis is the batch. A sample that is finished leaves the batch and costs no
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -100,8 +101,8 @@ def solve(
 
 def _limits(limit: Counts, batch: int) -> tuple[int, Tensor | None]:
     """The most iterations of any sample; and of each, where they differ."""
-    if isinstance(limit, int):
-        return limit, None
+    if isinstance(limit, int | Integral):
+        return int(limit), None
     if len(limit) != batch:
         raise ValueError(f"there are {len(limit)} limits of iterations for {batch} samples: give one for each, or one")
     most = max(limit, default=0)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Protocol
 
 from torch import Tensor
@@ -83,7 +83,9 @@ def check_tolerance(relative: float) -> None:
 
 
 def check_counts(name: str, counts: Counts, least: int) -> None:
-    listed = [counts] if isinstance(counts, int) else counts
-    wrong = [n for n in listed if not isinstance(n, int) or n < least] if isinstance(listed, Sequence) else [counts]
+    listed = [counts] if isinstance(counts, Integral) else counts
+    wrong = (
+        [n for n in listed if not isinstance(n, Integral) or n < least] if isinstance(listed, Sequence) else [counts]
+    )
     if wrong:
         raise ValueError(f"{name} must be an integer of at least {least}, or one for each sample, not {wrong[0]!r}")

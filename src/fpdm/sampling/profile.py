@@ -2,7 +2,9 @@
 
     e(t, n)  mean squared error of x0 after n iterations at timestep t, against x0 of the converged fixed point
     w(t)     its weight: the share of the step from t that x0 has, (1 - r)^2 with r = rho_s / rho_t, rho^2 = 1 / SNR and
-             s the next timestep. In units of a clean image, a deterministic step is x_s = r x_t + (1 - r) x0
+             s the next timestep. In units of a clean image, a deterministic step is x_s = r x_t + (1 - r) x0.
+             Heun's takes the mean of two directions (Karras et al. 2022, Algorithm 1): of x0 at s, where its second
+             call is made from what the first gave, it has (1 / r - 1) / 2, and of x0 at t the rest
 
 The plan minimises the sum of w(t) e(t, n_t) for a total number of iterations: exactly, by dynamic programming.
 """
@@ -60,7 +62,12 @@ class Profile:
 def weights(alpha_bar: Sequence[float]) -> np.ndarray:
     """The weight (T,) of an error in x0 at each timestep; see the beginning of this file."""
     rho = [math.sqrt((1 - level) / max(level, 1e-12)) for level in alpha_bar] + [0.0]
-    return np.array([(1 - following / here) ** 2 for here, following in pairwise(rho)])
+    found = np.array([(1 - following / here) ** 2 for here, following in pairwise(rho)])
+    for second in (i for i in range(1, len(alpha_bar) - 1) if rho[i] == rho[i + 1]):
+        r = rho[second] / rho[second - 1]
+        share = (1 / r - 1) / 2
+        found[second - 1], found[second] = (1 - r - share) ** 2, share**2
+    return found
 
 
 def allocated(errors: np.ndarray, total: int) -> tuple[int, ...]:

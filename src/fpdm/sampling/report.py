@@ -15,6 +15,8 @@ from fpdm.fixedpoint import Solution, Status
 from fpdm.sampling.budget import Cost, Plan
 from fpdm.sampling.spending import Purse
 
+DIVERGED = Status.DIVERGED.name.lower()
+
 
 @dataclass(frozen=True)
 class Report:
@@ -61,11 +63,16 @@ class Report:
 
     def merged(self, other: "Report") -> "Report":
         """This report and another of the same plan as one: means weighted by images, seconds added."""
-        images = self.images + other.images
+        images, statuses = self.images + other.images, list(zip(self.status, other.status, strict=True))
         share = other.images / images
 
-        def mean(mine: float, theirs: float) -> float:
+        def mean(mine: float, theirs: float, share: float = share) -> float:
             return mine + share * (theirs - mine)
+
+        def share_of(mine: dict[str, int], theirs: dict[str, int]) -> float:
+            """The share of the other's images in a mean that those that diverged are not in."""
+            a, b = self.images - mine.get(DIVERGED, 0), other.images - theirs.get(DIVERGED, 0)
+            return b / (a + b) if a + b else share
 
         return replace(
             self,
@@ -76,14 +83,14 @@ class Report:
             operations=mean(self.operations, other.operations),
             passes=[mean(a, b) for a, b in zip(self.passes, other.passes, strict=True)],
             residuals=[
-                [a if b is None else b if a is None else mean(a, b) for a, b in alongside(mine, theirs)]
-                for mine, theirs in zip(self.residuals, other.residuals, strict=True)
+                [a if b is None else b if a is None else mean(a, b, share_of(*status)) for a, b in alongside(*rows)]
+                for *rows, status in zip(self.residuals, other.residuals, statuses, strict=True)
             ],
             running=[
                 [a + b for a, b in itertools.zip_longest(mine, theirs, fillvalue=0)]
                 for mine, theirs in zip(self.running, other.running, strict=True)
             ],
-            status=[dict(Counter(a) + Counter(b)) for a, b in zip(self.status, other.status, strict=True)],
+            status=[dict(Counter(a) + Counter(b)) for a, b in statuses],
             diverged=self.diverged + other.diverged,
             seconds=self.seconds + other.seconds,
         )
