@@ -35,7 +35,7 @@ def without_images_and_weights(monkeypatch):
         with torch.device("meta"):
             return build_model(config, source)
 
-    monkeypatch.setattr(experiment, "open_source", source_of)
+    monkeypatch.setattr(experiment, "opened", source_of)
     monkeypatch.setattr(experiment, "build_model", build)
 
 
