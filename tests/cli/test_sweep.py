@@ -368,7 +368,7 @@ def test_no_process_outlives_the_main_one_of_a_sweep(number, models, tmp_path):
             assert len(still_there(process)) >= 3
             process.send_signal(number)
             process.communicate(timeout=10)
-            wait_for(lambda: not still_there(process), seconds=30)
+            wait_for(lambda: not still_there(process), seconds=5)
         finally:
             if still_there(process):
                 os.killpg(process.pid, signal.SIGKILL)

@@ -38,8 +38,8 @@ def test_merging_weights_by_images_and_adds_the_time():
     other = dataclasses.replace(REPORT, images=6, residuals=[[0.1, 0.05], [0.525]], running=[[6, 6], [6]], seconds=2.0)
     merged = REPORT.merged(other)
     assert merged.images == 8
-    # At the first timestep one of either's images diverged, which is in no mean.
     assert merged.seconds == 3.5
+    # At the first timestep one of either's images diverged, which is in no mean.
     assert merged.residuals[0] == pytest.approx([(REPORT.residuals[0][k] + 5 * (0.1, 0.05)[k]) / 6 for k in (0, 1)])
     assert merged.residuals[1] == pytest.approx([0.425])
     assert merged.diverged == 2
