@@ -48,7 +48,7 @@ iteration, so that every sample may cost as much or as little as is asked.
   ({size:.1f} MB).
 - **Training**: `{command}`, {steps:,} steps of {batch} images, {hours:.1f} hours on {hardware}.
 - **Use**: `fpdm sample {name} --budget 80 --out samples`, or
-  `FixedPointDiTPipeline.from_pretrained("{name}")`. Classes: {classes}.
+  `FixedPointDiTPipeline.from_pretrained("{name}")(class_labels=0, budget=80).images`. Classes: {classes}.
 
 {distance} by block passes per image, {samples:,} samples against the {split} images, lower is better (real images have
 {real}). Measured as stored, without guidance, with the tuned plans, which commands take by themselves:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -536,6 +537,59 @@ def test_a_call_with_the_tuned_plan_spends_the_budget(budget):
     assert (len(report.timesteps) % 2 == 1) or budget > 24  # heun's
 
 
+@pytest.mark.parametrize("budget", [8, 12, 13, 48, 100])
+def test_a_budget_alone_takes_the_tuned_plan(budget):
+    pipe = make_pipeline()
+    pipe.tuned_plans = PLANS
+    assert pipe.plan(budget=budget) == pipe.plan(**pipe.tuned(budget))
+    assert torch.equal(pixels(pipe, [0], seed=0, budget=budget), pixels(pipe, [0], seed=0, **pipe.tuned(budget)))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_inference_steps": 3},
+        {"iterations": 1},
+        {"allocation": "constant"},
+        {"reuse": False},
+        {"solver": "picard"},
+        {"scheduler": "ddpm"},
+        {"tolerance": 0.1},
+        {"tolerance": 0.1, "pooled": True},
+        {"guidance_scale": 2.0},
+    ],
+    ids=str,
+)
+def test_whatever_else_is_said_of_a_plan_leaves_the_tuned_one_out(more, pipe):
+    tuned = make_pipeline()
+    tuned.tuned_plans = PLANS
+    assert torch.equal(pixels(tuned, [0], seed=0, budget=12, **more), pixels(pipe, [0], seed=0, budget=12, **more))
+    assert not torch.equal(pixels(tuned, [0], seed=0, budget=12), pixels(pipe, [0], seed=0, budget=12))
+
+
+@pytest.mark.parametrize("budget", [0, -1, "12", 1.5])
+def test_a_budget_that_cannot_be_is_refused_beside_tuned_plans_too(budget, pipe):
+    tuned = make_pipeline()
+    tuned.tuned_plans = PLANS
+    with pytest.raises((TypeError, ValueError)) as plain:
+        pipe([0], budget=budget)
+    with pytest.raises(plain.type, match=re.escape(str(plain.value))):
+        tuned([0], budget=budget)
+
+
+def test_a_tuned_plan_among_other_calls_is_solved_by_picard():
+    pipe = make_pipeline()
+    pipe.tuned_plans = PLANS
+    alone = pipe([0], seed=0, output_type="pt", **{**pipe.tuned(12), "solver": "picard"})
+    calls = [{"class_labels": [0], "seed": 0, "budget": 12, "output_type": "pt"}] * 2
+    for given in (calls, iter(calls)):
+        for _, drawn in pipe.continuous(given):
+            torch.testing.assert_close(drawn.images, alone.images)
+            assert drawn.report.iterations == alone.report.iterations
+    with pytest.raises(ValueError, match='say solver="picard"'):
+        list(pipe.continuous([{"class_labels": [0], **pipe.tuned(12)}]))
+
+
 def test_a_tuned_plan_of_many_iterations_serves_a_budget_below_one_of_its_timesteps():
     pipe = make_pipeline()
     pipe.tuned_plans = (TunedPlan(24, (10, 10), "ddim", "plain", "picard", {}),)
@@ -629,7 +683,6 @@ TWICE = {"guidance_scale": 2.0}
         ({"latents": np.zeros((1, 1, 8, 8))}, r"latents are ndarray; these images need a tensor of \(1, 1, 8, 8\)"),
         ({"seed": 1, "image_indices": [1.0]}, "image_indices is 1.0; it must be a whole number"),
         ({"seed": 1, "image_indices": 5}, "image_indices is 5; it must be a list"),
-        ({"allocation": None}, "allocation is None"),
         ({"allocation": 3}, "allocation is 3"),
         ({"num_inference_steps": 2, "allocation": ["a", 1]}, "weights must be positive"),
         pytest.param({"guidance_interval": (1, 2, 3)}, "guidance_interval"),

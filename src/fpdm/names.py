@@ -8,6 +8,8 @@ MOST_LISTED = 20
 
 
 INJECTIONS = ("mlp", "gate")  # of fixed point networks: see `fpdm.models.core`
+# What a call of the pipeline may say of its plan beside the budget: if any, no tuned plan is taken.
+PLANNED = ("num_inference_steps", "iterations", "allocation", "reuse", "solver", "tolerance", "scheduler")
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, Self
 
@@ -23,6 +24,7 @@ from fpdm.models import Output
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
 from fpdm.models.dit import DiT
 from fpdm.models.fixed_point_dit import FixedPointDiT
+from fpdm.names import PLANNED
 from fpdm.request import Randomness, Request
 from fpdm.sampling import (
     Call,
@@ -59,6 +61,8 @@ class FixedPointDiTPipelineOutput(BaseOutput):
     report: Report
 
 
+# What is done where a call leaves it open.
+USUAL: dict[str, Any] = dict.fromkeys(("budget", *PLANNED)) | {"allocation": "constant", "reuse": "plain", "solver": "picard"}
 Drawing = Generator[Call, Output, FixedPointDiTPipelineOutput]
 P = ParamSpec("P")
 
@@ -157,6 +161,16 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             )
         return plan.choices(budget, cost_of(self.transformer))
 
+    def _tuned_for(self, call: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The tuned plan as keyword arguments, for a call that says no more of its plan than the budget. None where
+        there is none, or the call says more, or has a budget that cannot be."""
+        budget = call.get("budget")
+        said = call.get("pooled") or any(call.get(name) is not None for name in PLANNED)
+        if said or not isinstance(budget, Integral) or budget < 1:
+            return None
+        plan = nearest_plan(self.tuned_plans, int(budget), call.get("guidance_scale", 1.0))
+        return None if plan is None else plan.choices(int(budget), cost_of(self.transformer))
+
     @property
     def class_names(self) -> list[str]:
         """The names of the classes, in the order of their numbers; none if they have no names."""
@@ -184,9 +198,9 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         budget: int | None = None,
         num_inference_steps: int | None = None,
         iterations: int | Sequence[int] | None = None,
-        allocation: str | Sequence[float] = "constant",
-        reuse: str | bool = "plain",
-        solver: str | Solver = "picard",
+        allocation: str | Sequence[float] | None = None,
+        reuse: str | bool | None = None,
+        solver: str | Solver | None = None,
         tolerance: float | None = None,
         pooled: bool = False,
         guidance_scale: float = 1.0,
@@ -208,13 +222,18 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
         class_labels         a class per image, by number or name; None draws without a class
         num_images           how many images: 1 by default, or as many as there are labels
-        budget               transformer block passes per image; with iterations and timesteps see `make_plan`
+        budget               transformer block passes per image; with iterations and timesteps see `make_plan`. Where
+                             this is all that is said of a plan, the tuned plan nearest to it is taken, if there is one
+                             for this guidance scale (see `tuned`); any of the next seven, or `pooled`, leaves it out
         num_inference_steps  timesteps, i.e. calls of the network
         iterations           of the fixed point at every timestep, or a list with one entry per timestep
-        allocation           how iterations are shared out: "constant", "linear:0.5", ..., or a weight per timestep
+        allocation           how iterations are shared out: "constant", "linear:0.5", ..., or a weight per timestep;
+                             None for "constant"
         reuse                what a solve starts from: "none" for u, "plain" for the last timestep's solution, "linear"
-                             or "quadratic" for what the last two or three foretell; True is "plain", False "none"
-        solver               "picard", "anderson", "broyden", or a Solver
+                             or "quadratic" for what the last two or three foretell; True is "plain", False "none",
+                             None for "plain"
+        solver               "picard", "anderson", "broyden", or a Solver; None for "picard"
+        scheduler            one of `fpdm.sampling.SCHEDULERS`; None uses the pipeline's own
         tolerance            relative residual at which an image's solve stops; what it leaves over it may spend at its
                              later timesteps. None spends exactly what is planned
         pooled               whether what is left over is shared out over the batch; images then depend on their batch
@@ -223,7 +242,6 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         guidance_interval    the training timesteps (low, high) at which to guide; None for all
         guidance_channels    how many channels to guide; None for all. Published results of DiT guide 3 of 4
         guidance_share       iterations of the unconditional evaluation, as a share of the conditional one's
-        scheduler            one of `fpdm.sampling.SCHEDULERS`; None uses the pipeline's own
         generator            one, which is reduced to a seed, or a list with one per image (CPU ones)
         seed, image_indices  image i of a seed is the same in every batch; indices default to 0, 1, 2, ...
         latents              noise (B, C, H, W) to start from instead
@@ -236,13 +254,25 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         for name in ("transformer", "scheduler"):
             if getattr(self, name) is None:
                 raise ValueError(f"this pipeline has no {name}: it was opened without one")
+        how: dict[str, Any] = {
+            "budget": budget,
+            "num_inference_steps": num_inference_steps,
+            "iterations": iterations,
+            "allocation": allocation,
+            "reuse": reuse,
+            "solver": solver,
+            "scheduler": scheduler,
+            "tolerance": tolerance,
+        }
+        tuned = self._tuned_for({**how, "pooled": pooled, "guidance_scale": guidance_scale})
+        how = USUAL | ({name: value for name, value in how.items() if value is not None} if tuned is None else tuned)
         plan = make_plan(
             cost_of(self.transformer),
-            calls=calls_of(self.scheduler, scheduler),
-            budget=budget,
-            num_steps=num_inference_steps,
-            iterations=iterations,
-            allocation=allocation,
+            calls=calls_of(self.scheduler, how["scheduler"]),
+            budget=how["budget"],
+            num_steps=how["num_inference_steps"],
+            iterations=how["iterations"],
+            allocation=how["allocation"],
         )
         labels = self.labels(class_labels, num_images)
         count = (1 if num_images is None else whole("num_images", num_images)) if labels is None else len(labels)
@@ -250,10 +280,10 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             plan=plan,
             labels=labels,
             randomness=Randomness(generator, seed, listed(image_indices), count),
-            scheduler=scheduler,
-            solver=solver_of(solver),
-            reuse=check_reuse(reuse),
-            tolerance=tolerance,
+            scheduler=how["scheduler"],
+            solver=solver_of(how["solver"]),
+            reuse=check_reuse(how["reuse"]),
+            tolerance=how["tolerance"],
             pooled=pooled,
             guidance=guidance_of(guidance_scale, guidance_interval, guidance_channels, guidance_share),
             latents=latents,
@@ -318,7 +348,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         batch_size         evaluations of the network at a time; an image under guidance counts twice
         return_exceptions  yield what a call raises, its callbacks included, in place of its images, and go on
 
-        Yields the number of each call and what `pipe(**call)` would return, as they finish. Samples at different
+        Yields the number of each call and what `pipe(**call)` would return, as they finish; a tuned plan's iterations
+        are Picard's here, whatever its solver is. Samples at different
         timesteps and iterations share every pass of the shared block, and leave room for others when they are solved:
         for many small calls that come one by one. Images of one plan are drawn faster by one call.
         Raises ValueError for an explicit network, and an offloaded one; and, unless exceptions are returned, for what a
@@ -345,18 +376,23 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     def _numbered(self, number: int, call: Mapping[str, Any]) -> Request:
         """A call of a list, checked. Its number is a note to what is raised."""
         try:
-            asked = self.request(**call)
-            check_shared(asked.solver)
+            return self._checked(call)
         except Exception as error:
             error.add_note(f"in call {number}")
             raise
+
+    def _checked(self, call: Mapping[str, Any]) -> Request:
+        """The request of a call among others, which are all solved by Picard's iteration, those of tuned plans too."""
+        tuned = self._tuned_for(call)
+        asked = self.request(**(call if tuned is None else {**call, "budget": None, **tuned, "solver": "picard"}))
+        check_shared(asked.solver)
         return asked
 
     def _course_of(self, call: Mapping[str, Any] | Request | None) -> Drawing | None:
         """The course of a call, which is checked when it begins: what it raises is its own."""
 
         def begun(call: Mapping[str, Any] | Request) -> Drawing:
-            asked = call if isinstance(call, Request) else self.request(**call)
+            asked = call if isinstance(call, Request) else self._checked(call)
             return (yield from self.drawing(asked, bar=False))  # each would show one
 
         return None if call is None else begun(call)

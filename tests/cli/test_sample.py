@@ -4,7 +4,6 @@ import io
 import json
 import shutil
 import signal
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +24,7 @@ from fpdm.models.int8 import BACKEND
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import TunedPlan, save_plans
 from tests.commands import refusal, wait_for
+from tests.training.processes import Program
 
 BUDGET = ["--budget", "40"]  # of "looped": 10 timesteps of 2 iterations
 NEW = ("solver", "tolerance", "pooled", "guidance_interval", "guidance_channels", "guidance_share")  # of a request
@@ -498,19 +498,16 @@ def test_a_budget_too_small_for_the_mean_iterations_of_a_tuned_plan_can_be_drawn
 def test_a_second_command_in_a_folder_is_told_so_and_harms_nothing(models, tmp_path, capsys):
     out, never = tmp_path / "out", ["--num-images", "100000", "--batch-size", "2"]
     words = ["sample", models["looped"], "--out", str(out), *BUDGET, *never]
-    with subprocess.Popen([sys.executable, "-m", "fpdm", *words], stderr=subprocess.DEVNULL) as first:
-        try:
-            wait_for((out / "000003.png").is_file)
-            request = (out / "request.json").read_bytes()
-            for options in (BUDGET, [*BUDGET, "--seed", "1"], [*BUDGET, "--npz", "--trace"]):
-                assert "another command is at work" in refused(capsys, models["looped"], out, *options)
-            assert first.poll() is None
-            there = len(list(out.glob("0*.png")))
-            wait_for(lambda: len(list(out.glob("0*.png"))) > there + 2)
-            first.send_signal(signal.SIGINT)
-            assert first.wait(timeout=30) == 130
-        finally:
-            first.kill()
+    with Program(words, tmp_path / "said") as first:
+        wait_for((out / "000003.png").is_file)
+        request = (out / "request.json").read_bytes()
+        for options in (BUDGET, [*BUDGET, "--seed", "1"], [*BUDGET, "--npz", "--trace"]):
+            assert "another command is at work" in refused(capsys, models["looped"], out, *options)
+        assert first.poll() is None
+        there = len(list(out.glob("0*.png")))
+        wait_for(lambda: len(list(out.glob("0*.png"))) > there + 2)
+        first.send_signal(signal.SIGINT)
+        assert first.wait(30) == 130
     assert (out / "request.json").read_bytes() == request
     assert not list(out.glob("*.npz")) + list(out.glob("*.webp"))
     covered = json.loads((out / "report.json").read_text())["report"]["images"]

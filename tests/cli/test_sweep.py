@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from fpdm.data import open_images
 from fpdm.experiments import sweep
 from tests.commands import contents, refusal, wait_for
 from tests.experiments.sweeps import grids_in, points_in, read_strictly, save_pipeline, times_of
+from tests.training.processes import Program
 
 OPTIONS = [
     "--data", "digits", "--num-images", "50", "--batch-size", "20", "--budgets", "6,12",
@@ -55,8 +55,7 @@ def run(*arguments, out):
 
 def start(*arguments, out):
     """The same in a process of its own, which leads a group of its own as a shell's commands do."""
-    command = [sys.executable, "-m", "fpdm", *words(*arguments, out=out)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return Program(words(*arguments, out=out), out.parent / "said", leads=True)
 
 
 def refused(*arguments, out, captured):
@@ -324,13 +323,13 @@ def test_a_stopped_sweep_goes_on_to_the_same_points(number, models, whole, tmp_p
         try:
             wait_for(lambda: list(out.glob("points/*.json")) and list(out.glob("drawing/*/000010.png")))
             process.send_signal(number)
-            said, errors = process.communicate(timeout=30)
+            said = process.ended(30)
         finally:
             process.kill()
     if number == signal.SIGINT:
-        assert process.returncode == 130, errors
+        assert process.returncode == 130, said
         assert "stopped: the same command goes on from here" in said
-        assert "Traceback" not in errors
+        assert "Traceback" not in said
         assert f'id="{next(iter(points_in(out)))}"' in (out / "report.html").read_text()
     kept = times_of(out)
     assert run(*models.values(), out=out) == 0
@@ -346,14 +345,14 @@ def test_ctrl_c_ends_all_processes_of_a_sweep_at_once(models, whole, tmp_path):
         try:
             wait_for(lambda: len(list(out.glob("points/*.json"))) == 2 and list(out.glob("drawing/*-60000-*")))
             os.killpg(process.pid, signal.SIGINT)
-            said, errors = process.communicate(timeout=10)
+            said = process.ended(10)
             wait_for(lambda: not still_there(process), seconds=5)
         finally:
             if still_there(process):
                 os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 130, errors
+    assert process.returncode == 130, said
     assert "stopped: the same command goes on from here" in said
-    assert "Traceback" not in errors
+    assert "Traceback" not in said
     assert json.loads((out / "points/looped-6-dpmpp.json").read_text())["made_with"]["processes"] == 2
     assert points_in(out).items() <= points_in(whole).items()
 
@@ -367,7 +366,7 @@ def test_no_process_outlives_the_main_one_of_a_sweep(number, models, tmp_path):
             wait_for(lambda: len(list(out.glob("drawing/*-60000-*"))) == 2)
             assert len(still_there(process)) >= 3
             process.send_signal(number)
-            process.communicate(timeout=10)
+            process.wait(10)
             wait_for(lambda: not still_there(process), seconds=5)
         finally:
             if still_there(process):

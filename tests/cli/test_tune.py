@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from fpdm.experiments.sweep import all_points
 from fpdm.pipeline import FixedPointDiTPipeline
 from tests.commands import refusal, wait_for
 from tests.experiments.sweeps import points_in
+from tests.training.processes import Program
 
 OPTIONS = ["--data", "digits", "--num-images", "50", "--batch-size", "50", "--device", "cpu", "--schedulers", "dpm++"]
 pytestmark = pytest.mark.usefixtures("cache")
@@ -93,15 +92,11 @@ def test_an_explicit_network_is_tuned(models, tmp_path, capsys):
 def test_a_process_that_is_interrupted_goes_on_to_the_same_plans(model, whole, tmp_path):
     run = tmp_path / "run"
     shutil.move(model, run / "pipeline")
-    command = [sys.executable, "-m", "fpdm", *words(f"mine={run}", "--budget", 5)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            wait_for(lambda: list((run / "tune").glob("round-2/points/*.json")))
-            process.send_signal(signal.SIGINT)
-            assert process.wait(timeout=30) == 130
-            said = process.stderr.read()
-        finally:
-            process.kill()
+    with Program(words(f"mine={run}", "--budget", 5), tmp_path / "said") as process:
+        wait_for(lambda: list((run / "tune").glob("round-2/points/*.json")))
+        process.send_signal(signal.SIGINT)
+        said = process.ended(30)
+    assert process.returncode == 130
     assert "interrupted" in said
     assert "Traceback" not in said
     assert not (run / "pipeline/plans.json").exists()

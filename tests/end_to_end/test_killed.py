@@ -3,8 +3,6 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -13,7 +11,7 @@ from fpdm.files import read_json
 from fpdm.training import checkpoints
 from fpdm.training.loop import Trainer
 from tests.commands import wait_for
-from tests.training.processes import command, start
+from tests.training.processes import Program, command, start
 from tests.training.runs import log_of, tensors_of, tiny
 
 STEPS = 40
@@ -134,10 +132,10 @@ def test_a_time_limit_saves_and_ends_and_the_same_command_goes_on(tmp_path):
 def test_a_signal_to_all_processes_of_a_group_saves_and_ends_the_run(tmp_path):
     """As launchers and queues send it: workers must not be gone before the step that waits for them."""
     words = [*WORDS, "--runs-dir", str(tmp_path), "--steps", "100000", "--workers", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "fpdm", *words], stdout=subprocess.PIPE, start_new_session=True)
-    log = tmp_path / "digits/log.jsonl"
-    wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 2)
-    os.killpg(process.pid, signal.SIGTERM)
-    said, _ = process.communicate(timeout=60)
+    with Program(words, tmp_path / "said", leads=True) as process:
+        log = tmp_path / "digits/log.jsonl"
+        wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 2)
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.ended()
     assert process.returncode == 130
-    assert b"Saved at step" in said
+    assert "Saved at step" in said

@@ -5,14 +5,15 @@ import signal
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from tests.commands import wait_for
+from tests.training.processes import done
 from tests.training.runs import log_of, tensors_of
 
+PYTHON = [sys.executable, "-m", "fpdm"]
 TRAIN = [
-    sys.executable, "-m", "fpdm", "train", "digits", "--hidden-size", "16", "--num-heads", "2", "--patch-size", "4",
+    "train", "digits", "--hidden-size", "16", "--num-heads", "2", "--patch-size", "4",
     "--batch-size", "8", "--log-every", "5", "--checkpoint-every", "50", "--sample-every", "10000",
     "--lr-schedule", "constant", "--no-grad-max", "2", "--with-grad-max", "2",
 ]  # fmt: skip
@@ -22,20 +23,20 @@ def train(folder, *more):
     return [*TRAIN, "--runs-dir", str(folder), *more]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_saves_and_the_same_command_goes_on(number, tmp_path):
+def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path):
     log = tmp_path / "a/digits/log.jsonl"
-    process = subprocess.Popen(train(tmp_path / "a", "--steps", "100000"), stdout=subprocess.PIPE, text=True)
+    words = train(tmp_path / "a", "--steps", "100000")
+    process = subprocess.Popen([*PYTHON, *words], stdout=subprocess.PIPE, text=True)
     wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 3)
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "The same command goes on" in said
     stopped = max(int(path.name[5:]) for path in (tmp_path / "a/digits/checkpoints").iterdir())
 
     steps = ["--steps", str(stopped + 20)]
-    subprocess.run(train(tmp_path / "a", *steps), check=True, capture_output=True, timeout=120)
-    subprocess.run(train(tmp_path / "b", *steps), check=True, capture_output=True, timeout=120)
+    for name in "ab":
+        done(train(tmp_path / name, *steps), tmp_path / "said")
     resumed, whole = (tensors_of(tmp_path / name / "digits", stopped + 20) for name in "ab")
     assert resumed.keys() == whole.keys()
     assert all(resumed[key].equal(whole[key]) for key in whole)
@@ -43,8 +44,8 @@ def test_an_interrupt_saves_and_the_same_command_goes_on(number, tmp_path):
 
 
 def test_train_sample_and_open_elsewhere(tmp_path):
-    subprocess.run(train(tmp_path, "--steps", "5"), check=True, capture_output=True, timeout=120)
-    sample = [sys.executable, "-m", "fpdm", "sample", str(tmp_path / "digits"), "--budget", "12", "--num-images", "3"]
+    done(train(tmp_path, "--steps", "5"), tmp_path / "said")
+    sample = [*PYTHON, "sample", str(tmp_path / "digits"), "--budget", "12", "--num-images", "3"]
     subprocess.run([*sample, "--out", str(tmp_path / "out")], check=True, capture_output=True, timeout=120)
     assert json.loads((tmp_path / "out/report.json").read_text())["report"]["spent"] == 12
 
@@ -68,26 +69,18 @@ def test_the_demo_makes_its_table_and_picture(tmp_path):
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_two_processes_learn_what_one_does(interrupted, tmp_path):
+def test_two_processes_learn_what_one_does_and_one_goes_on_alone(tmp_path):
     """The gradients of the halves of a batch, averaged over processes (gloo), are those of the whole."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *TRAIN[1:]]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "fpdm"]
     quick = ["--log-every", "2", "--lr", "1e-4", "--grad-clip", "0", "--device", "cpu"]
-    if interrupted:  # then one process goes on alone
-        process = subprocess.Popen([*launch, "--runs-dir", str(tmp_path / "two"), "--steps", "100000", *quick])
-        log = tmp_path / "two/digits/log.jsonl"
-        wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 2)
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
-        steps = max(int(path.name[5:]) for path in (tmp_path / "two/digits/checkpoints").iterdir()) + 3
-        subprocess.run(
-            train(tmp_path / "two", "--steps", str(steps), *quick), check=True, capture_output=True, timeout=120
-        )
-    else:
-        steps = 9
-        both = [*launch, "--runs-dir", str(tmp_path / "two"), "--steps", str(steps), *quick]
-        subprocess.run(both, check=True, capture_output=True, timeout=120)
-    subprocess.run(train(tmp_path / "one", "--steps", str(steps), *quick), check=True, capture_output=True, timeout=120)
+    process = subprocess.Popen([*launch, *train(tmp_path / "two", "--steps", "100000", *quick)])
+    log = tmp_path / "two/digits/log.jsonl"
+    wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 2)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    steps = max(int(path.name[5:]) for path in (tmp_path / "two/digits/checkpoints").iterdir()) + 3
+    for name in ("one", "two"):
+        done(train(tmp_path / name, "--steps", str(steps), *quick), tmp_path / "said")
     one, two = (tensors_of(tmp_path / name / "digits", steps) for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4)

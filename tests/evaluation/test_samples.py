@@ -83,6 +83,12 @@ def test_classes_that_were_asked_for_by_name(tmp_path):
     assert samples.labels(["ant", "cat", "dog"]) == [2, 0] * (COUNT // 2)
 
 
+@pytest.mark.parametrize(("data", "labels"), [("01", [1, 0]), ("012", None), ("02", None), ("ab", None)])
+def test_names_of_a_model_are_numbers_where_the_data_has_only_as_many_of_these(tmp_path, data, labels):
+    samples = open_samples(drawn(tmp_path, classes=[1, 0], class_names=["trouser", "shirt"]))
+    assert samples.labels(list(data)) == (labels and labels * (COUNT // 2))
+
+
 def test_drawn_without_classes(tmp_path):
     samples = open_samples(drawn(tmp_path))
     assert samples.labels(["a", "b"]) is None

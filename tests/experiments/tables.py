@@ -1,6 +1,5 @@
 """A table so small that a test can afford it several times, and its trainings without the seconds that imports take."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from fpdm.experiments.experiment import Experiment
 from fpdm.experiments.points import Axes
 from fpdm.experiments.table import Ground, Model, Table, Training
 from fpdm.training.loop import Trainer
-from tests.training.processes import command, start
+from tests.training.processes import Program
 
 SIZES = {
     "hidden_size": 16, "num_heads": 2, "patch_size": 4, "batch_size": 8, "steps": 12, "warmup": 3, "log_every": 4,
@@ -53,23 +52,11 @@ def train_here(patch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-class Forked:
-    """A process of `fpdm` that does without the seconds of imports; otherwise as those that a Popen starts."""
+class Forked(Program):
+    """A training of `fpdm` that does without the seconds of imports."""
 
     def __init__(self, words: list[str], stdout: Any, **_: Any):
-        self.process = start(command, words[3:], said=Path(stdout.name))  # after python -m fpdm
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        self.returncode = self.process.exitcode
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
-    def wait(self) -> None:
-        self.process.join(60)
-        self.poll()
+        super().__init__(words[3:], Path(stdout.name))  # after python -m fpdm
 
 
 def fork_trainings(patch: pytest.MonkeyPatch) -> list[Forked]:

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,66 @@ CONTEXT.set_forkserver_preload(["torch", "diffusers", "fpdm.training.loop", "fpd
 
 
 def start(
-    function: Callable[..., Any], *arguments: Any, said: Path, rank: int = 0, ranks: int = 1, port: int = 0
+    function: Callable[..., Any],
+    *arguments: Any,
+    said: Path,
+    rank: int = 0,
+    ranks: int = 1,
+    port: int = 0,
+    leads: bool = False,
 ) -> BaseProcess:
-    """Call `function` in a process of its own, which outlives no test session; its output goes to `said`."""
-    process = CONTEXT.Process(target=_call, args=(function, arguments, str(said), rank, ranks, port), daemon=True)
+    """Call `function` in a process of its own, which outlives no test session; its output goes to `said`. One that
+    `leads` may have processes of its own, in a group that it leads, as a shell's commands do."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("FPDM_")}  # since the server's
+    given = (function, arguments, str(said), rank, ranks, port, leads, environment)
+    process = CONTEXT.Process(target=_call, args=given, daemon=not leads)
     process.start()
     return process
+
+
+class Program:
+    """`fpdm WORDS` in a process of its own, to be used as a Popen is."""
+
+    def __init__(self, words: Sequence[object], said: Path, leads: bool = False):
+        self.process = start(command, [str(word) for word in words], said=said, leads=leads)
+        self.pid, self.said = self.process.pid, said
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.process.join()
+
+    @property
+    def returncode(self) -> int | None:
+        return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def wait(self, timeout: float = 60) -> int | None:
+        self.process.join(timeout)
+        assert self.returncode is not None, "it goes on"
+        return self.returncode
+
+    def ended(self, timeout: float = 60) -> str:
+        """What it said, once it is done."""
+        self.wait(timeout)
+        return self.said.read_text()
+
+
+def done(words: Sequence[object], said: Path) -> None:
+    """Wait for `fpdm WORDS`, which is to end well."""
+    with Program(words, said) as program:
+        assert program.wait(120) == 0, said.read_text()
 
 
 def together(
@@ -68,8 +122,18 @@ def free_port() -> int:
 
 
 def _call(
-    function: Callable[..., Any], arguments: tuple[Any, ...], said: str, rank: int, ranks: int, port: int
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    said: str,
+    rank: int,
+    ranks: int,
+    port: int,
+    leads: bool,
+    environment: dict[str, str],
 ) -> None:
+    if leads:
+        os.setsid()
+    os.environ.update(environment)
     with open(said, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)

@@ -95,6 +95,12 @@ def test_iterations_without_gradient_add_nothing():
     assert one.activations - none.activations == tokens  # without any z is u, which is stored anyway
 
 
+def test_one_shared_block_at_a_time_is_computed_again():
+    shape = {"num_pre": 0, "num_core": 4, "num_post": 0, "batch_size": 64}
+    plain, less = (estimate(0, 1, checkpointing=on, **shape).peak for on in (False, True))
+    assert less < 0.7 * plain
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_iterations_with_gradient_add_the_same_each(checkpointing):
     one, two, three = (estimate(1, m, checkpointing=checkpointing).activations for m in (1, 2, 3))

@@ -107,7 +107,7 @@ def print_memory(config: Config, source: "Source", steps: "dict[str, Solve | Non
         for checkpointing in (False, True):
             memory = training_memory(config.with_fields(checkpointing=checkpointing), source, solve)
             print(f"{name + (', checkpointing' if checkpointing else ''):28} {in_columns(memory)}", flush=True)
-    print(f"in MB, {precision}; the peak is less than the sum: gradients come as activations go")
+    print(f"in MB, {precision}; the peak is the most at any one time: gradients come as activations go")
 
 
 def in_columns(memory: "Memory") -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fpdm.cli.processes import leave
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.files import check_writable, model_folder, read_json
-from fpdm.names import needs
+from fpdm.names import PLANNED, needs
 
 if TYPE_CHECKING:
     from fpdm.devices import Processes
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 DEFAULT_BUDGET = 160
 DTYPES = "{float32,bfloat16,float16,int8,float8}"
-PLANNED = ("num_inference_steps", "iterations", "allocation", "reuse", "solver", "tolerance", "scheduler")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from fpdm.diffusion.losses import DiffusionLoss, Loss
 from fpdm.diffusion.predictions import add_noise, predicted_x0, target
-from fpdm.diffusion.schedule import BETA_SCHEDULES, PREDICTION_TYPES, make_schedule
+from fpdm.diffusion.schedule import BETA_SCHEDULES, PREDICTION_TYPES, for_sampling, make_schedule
 
 __all__ = [
     "BETA_SCHEDULES",
@@ -10,6 +10,7 @@ __all__ = [
     "DiffusionLoss",
     "Loss",
     "add_noise",
+    "for_sampling",
     "make_schedule",
     "predicted_x0",
     "target",

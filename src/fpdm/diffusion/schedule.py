@@ -1,6 +1,7 @@
-"""Noise schedules, as diffusers' DDPMScheduler: the description of the forward process that a model is saved with."""
+"""Noise schedules, as diffusers' schedulers: the description of the forward process that a model is trained with, and
+what it is saved with."""
 
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UniPCMultistepScheduler
 
 from fpdm.diffusion.predictions import PREDICTION_TYPES
 from fpdm.names import unknown
@@ -17,7 +18,7 @@ def make_schedule(
     clip_sample: bool = False,
     num_train_timesteps: int = 1000,
 ) -> DDPMScheduler:
-    """A DDPMScheduler for training with and for saving.
+    """A DDPMScheduler for training with.
 
     beta_schedule    "linear" (Ho et al. 2020) or "cosine" (Nichol and Dhariwal 2021)
     prediction_type  what the network predicts: "epsilon", "v_prediction" (Salimans and Ho 2022), "sample" (x0)
@@ -46,3 +47,11 @@ def make_schedule(
         clip_sample=clip_sample,
         timestep_spacing="trailing",
     )
+
+
+def for_sampling(schedule: DDPMScheduler) -> UniPCMultistepScheduler:
+    """The scheduler that a model is saved with: UniPC (Zhao et al. 2023) on the noise schedule it was trained with.
+
+    Under every budget of docs/reproduction.md it draws better than DDPM's ancestral sampling, most so under short ones.
+    """
+    return UniPCMultistepScheduler.from_config(schedule.config)

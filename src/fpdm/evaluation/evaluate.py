@@ -140,8 +140,11 @@ class Instrument:
             yield f"note: {samples.diverged} of the images in the folder diverged as they were drawn"
         if self.source.channels == 1 and not isinstance(self.source, ArraySource):  # whose images are not converted
             yield "note: all samples are grey, so the real images were read in grey, too: colours are not measured"
-        if labels is None and self.source.class_names and samples.source.class_names:
+        names = samples.source.class_names
+        if labels is None and self.source.class_names and names:
             yield "note: the classes of the samples are not those of the real images, and left out of account"
+        if labels is not None and not all(name in self.source.class_names or name.isdecimal() for name in names):
+            yield "note: the classes of the real images have no names: those of the samples are taken by their numbers"
         if labels is not None and (note := disproportion(labels, self.source)):
             yield note
         if len(x) > self.floor_counts(x)[0]:

@@ -54,7 +54,8 @@ class Samples:
         """The class that each was asked for, as a number of the data's classes `class_names`. None if that is not
         known, or the classes are others.
 
-        Files of arrays have numbers, folders have names; folders named by numbers may mean either.
+        Files of arrays have numbers, folders have names; folders named by numbers may mean either. Names of a model are
+        numbers where the data has nothing but numbers, and as many of them: those of IDX files and arrays.
         """
         names: list[str] = self.source.class_names
         if not names or not class_names:
@@ -64,6 +65,8 @@ class Samples:
         if set(names) <= set(class_names):
             return [class_names.index(names[int(label)]) for label in self.source.labels]
         by_name = isinstance(self.source, DrawnFolder) and self.source.named
+        if by_name and len(names) == len(class_names) and all(name == str(i) for i, name in enumerate(class_names)):
+            return list(self.source.labels)
         if not by_name and all(name.isdecimal() and int(name) < len(class_names) for name in names):
             return [int(names[int(label)]) for label in self.source.labels]
         return None

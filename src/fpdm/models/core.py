@@ -8,8 +8,10 @@ W   of the injection: W_z and W_u, D -> 2D, in the MLP, D -> D in the gated one
 """
 
 from abc import abstractmethod
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fpdm.models.fused import gated, gelu_linear, linear, norm_linear
@@ -31,6 +33,8 @@ class FixedPointCore(nn.Module):
     """
 
     blocks: nn.ModuleList
+    gradient_checkpointing = False  # diffusers sets this, and the function
+    _gradient_checkpointing_func: Callable[..., Any]
 
     def prepare(self, u: Tensor, c: Tensor) -> Context:
         """The context of a solve, from `u` (B, N, D) and `c` (B, D)."""
@@ -39,10 +43,20 @@ class FixedPointCore(nn.Module):
 
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """One application of f to `z` (B, N, D)."""
-        z = self.inject(z, *context.injected)
-        for block, modulation in zip(self.blocks, context.modulations, strict=True):
-            z = block(z, modulation)
+        # Asked at every call: of a solve's iterations only the last ones may have a gradient.
+        stored = self.gradient_checkpointing and torch.is_grad_enabled()
+        for index in range(len(self.blocks)):
+            if stored:  # the input of each part only
+                z = self._gradient_checkpointing_func(self.part, index, z, context)
+            else:
+                z = self.part(index, z, context)
         return z
+
+    def part(self, index: int, z: Tensor, context: Context) -> Tensor:
+        """Block number `index` of `z` (B, N, D), before the first one the injection."""
+        if index == 0:
+            z = self.inject(z, *context.injected)
+        return self.blocks[index](z, context.modulations[index])  # type: ignore[no-any-return]
 
     @abstractmethod
     def prepare_injection(self, u: Tensor, c: Tensor) -> tuple[Tensor, ...]:

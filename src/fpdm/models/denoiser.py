@@ -105,7 +105,7 @@ class Denoiser(ModelMixin, ConfigMixin):
         super().enable_group_offload(*bound.args[1:], **bound.kwargs)
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable[..., Any] | None = None) -> None:
-        """From now on store of each block, and of each iteration with gradient, the input only, and compute the rest
+        """From now on store of each block, in every iteration with gradient anew, the input only, and compute the rest
         again in backward: gradients stay the same, a step takes about a forward pass longer.
 
         Nothing changes where there is no gradient. `disable_gradient_checkpointing()` ends it.
@@ -197,23 +197,12 @@ class Denoiser(ModelMixin, ConfigMixin):
 
     def _run_blocks(self, blocks: nn.ModuleList, x: Tensor, c: Tensor) -> Tensor:
         """Apply blocks in turn to tokens `x` (B, N, D) under the conditioning `c` (B, D)."""
-        run = self._segment(run_block)
+        run: Callable[..., Tensor] = run_block
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            run = partial(self._gradient_checkpointing_func, run_block)
         for block in blocks:
             x = run(block, x, c)
         return x
-
-    def _segment(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """`function`; with gradient checkpointing one that stores its inputs only."""
-        if not self.gradient_checkpointing:
-            return function
-
-        def run(*inputs: Any) -> Tensor:
-            # Asked at every call: of a solve's iterations only the last ones may have a gradient.
-            return (
-                self._gradient_checkpointing_func(function, *inputs) if torch.is_grad_enabled() else function(*inputs)
-            )
-
-        return run
 
     def _unembed(self, tokens: Tensor, c: Tensor) -> Tensor:
         return unpatchify(self.final(tokens, c), self.config.patch_size)

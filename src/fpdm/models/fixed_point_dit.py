@@ -90,7 +90,7 @@ class FixedPointDiT(Denoiser):
             return Output(*self._recorder.solved(self, self._checked(x, t, y), solve, partial(_start, init)), {})
         u, context, c = self.encode(x, t, y)
         z = _start(init, u)  # (B, N, D)
-        solution = solve(self._segment(self.core), z, context)  # (B, N, D)
+        solution = solve(self.core, z, context)  # (B, N, D)
         exits = {k: self.decode(z, c) for k, z in solution.kept.items()}
         return Output(self.decode(solution.value, c), solution, exits)
 

@@ -244,7 +244,9 @@ def checked(call: Call) -> Call:
 def check_shared(solver: Solver) -> None:
     """Raises ValueError for a solver whose samples cannot be iterated beside others."""
     if solver != PICARD:
-        raise ValueError(f"solver is {solver!r}; samples at different iterations share Picard steps only")
+        raise ValueError(
+            f'solver is {solver!r}; samples at different iterations share Picard steps only: say solver="picard"'
+        )
 
 
 def seats_of(visit: Visit) -> list[Seat]:

@@ -43,7 +43,7 @@ class Memory:
     optimizer    AdamW's two moments
     ema          the moving average
     activations  what forward leaves behind for backward, the batch and the casts of the weights included
-    peak         the most that is there at any time: less than the sum of the above, or more by what is in work
+    peak         the most that is there at any time: gradients come as activations go, beside what is in work
     """
 
     parameters: int

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from accelerate.utils import gather_object
 
+from fpdm.diffusion import for_sampling
 from fpdm.files import read_json, write_json
 from fpdm.imaging import grid
 from fpdm.models import Denoiser, FixedPointDiT
@@ -145,7 +146,7 @@ class Saver:
         never = config.data.class_dropout == 0 and config.run.init_from is None  # which may know how to do without
         return FixedPointDiTPipeline(
             cast(FixedPointDiT, model),
-            parts.schedule,
+            for_sampling(parts.schedule),
             vae=parts.vae,
             class_names=names,
             only_classes=never and model.config.num_classes > 0,
