@@ -2,7 +2,7 @@
 is not drawn again, so an interruption costs one batch."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -169,13 +169,29 @@ def draw_missing(
         processes.wait()
         if processes.main:
             _collect(out)
-            shown = [Image.open(image_file(out, i)) for i in range(min(count, GRID_IMAGES))]
+            there = max({count - 1} | _drawn(out / REPORT)[0]) + 1  # earlier calls may have asked for more
+            files = [path for i in range(there) if (path := image_file(out, i)).is_file()]
+            shown = [Image.open(path) for path in files[:GRID_IMAGES]]
             columns = min(10, len(classes or [])) or 10
             write_aside(out / "grid.png", partial(grid(shown, columns).save, format="PNG"))
         processes.wait()
     report = _drawn(out / REPORT)[1]
     assert report is not None
     return report
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[str]:
+    """What differs between two values of a request, in words."""
+    if old == new:
+        return
+    if key in ("model", "vae"):  # digests
+        yield f"{key} had other weights, or another --dtype"
+    elif isinstance(old, dict) and isinstance(new, dict):
+        yield from (
+            f"{key}: {k} was {old.get(k)!r}, is {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)
+        )
+    else:
+        yield f"{key} was {old!r}, is {new!r}"
 
 
 def _draw(
@@ -267,11 +283,8 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
         old, known = read_json(path), Choices().to_dict()  # a request of an older version lacks what is new
         old["reuse"] = check_reuse(old.get("reuse", known["reuse"]))  # and says yes or no
         known = {**request, **known}
-        changed = [
-            f"{key} was {old.get(key, known[key])!r}, is {value!r}"
-            for key, value in json.loads(json.dumps(request)).items()
-            if old.get(key, known[key]) != value
-        ]
+        new = json.loads(json.dumps(request))
+        changed = [text for key, value in new.items() for text in _differences(key, old.get(key, known[key]), value)]
         if changed:
             raise ValueError(f"{out} holds images of another request: {'; '.join(changed)}. Choose another --out")
     elif any(out.glob("*.png")):

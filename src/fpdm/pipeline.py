@@ -62,7 +62,8 @@ class FixedPointDiTPipelineOutput(BaseOutput):
 
 
 # What is done where a call leaves it open.
-USUAL: dict[str, Any] = dict.fromkeys(("budget", *PLANNED)) | {"allocation": "constant", "reuse": "plain", "solver": "picard"}
+USUAL: dict[str, Any] = {name: None for name in ("budget", *PLANNED)}
+USUAL |= {"allocation": "constant", "reuse": "plain", "solver": "picard"}
 Drawing = Generator[Call, Output, FixedPointDiTPipelineOutput]
 P = ParamSpec("P")
 

@@ -118,7 +118,19 @@ def test_int8_draws_nearly_the_same_under_the_same_plan_and_is_another_model(mod
     assert {**request, "model": plain[1]["model"]} == plain[1]
     assert request["model"] != plain[1]["model"]
     assert report["spent"] == plain[2]["spent"]
-    assert "of another request" in refused(capsys, models["looped"], tmp_path, *BUDGET)
+    said = refused(capsys, models["looped"], tmp_path, *BUDGET)
+    assert "of another request: model had other weights, or another --dtype. Choose" in said
+
+
+def test_fewer_images_than_are_there_leave_all_of_them_in_the_grid(models, tmp_path, capsys):
+    drawn(models["looped"], tmp_path, *BUDGET, "--num-images", "5")
+    before = (tmp_path / "grid.png").read_bytes()
+    capsys.readouterr()
+    assert drawn(models["looped"], tmp_path, *BUDGET, "--num-images", "2")[2]["images"] == 5
+    assert f"5 images in {tmp_path}" in capsys.readouterr().out
+    assert (tmp_path / "grid.png").read_bytes() == before
+    (tmp_path / "000004.png").unlink()
+    drawn(models["looped"], tmp_path, *BUDGET, "--num-images", "2")
 
 
 def test_a_compiled_network_draws_the_same(models, plain, tmp_path, monkeypatch):
@@ -380,7 +392,9 @@ def test_at_another_budget_the_nearest_tuned_plan_is_taken_and_told(tuned, tmp_p
 @pytest.mark.parametrize(("budget", "nearest"), [("159", 80), ("160", 80), ("161", 320), ("1000", 320)])
 def test_near_is_meant_as_a_ratio_and_of_two_as_near_the_smaller_is_taken(budget, nearest, tuned, tmp_path, capsys):
     drawn(tuned, tmp_path, "--budget", budget, "--num-images", "1")
-    assert f"the tuned plan for {nearest} block passes, the nearest one" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"the tuned plan for {nearest} block passes, the nearest one" in said
+    assert (f"far from {budget}: `fpdm tune" in said) == (budget == "1000")
 
 
 def test_without_a_budget_the_tuned_plan_nearest_to_the_default_serves_that(tuned, tmp_path, capsys):

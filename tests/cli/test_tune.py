@@ -89,7 +89,7 @@ def test_an_explicit_network_is_tuned(models, tmp_path, capsys):
     assert set(points_in(tmp_path / "out/round-1")) == {"mine-10-dpmpp-seed1"}
 
 
-def test_a_process_that_is_interrupted_goes_on_to_the_same_plans(model, whole, tmp_path):
+def test_a_process_that_is_interrupted_goes_on_to_the_same_plans(model, whole, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.move(model, run / "pipeline")
     with Program(words(f"mine={run}", "--budget", 5), tmp_path / "said") as process:
@@ -103,6 +103,7 @@ def test_a_process_that_is_interrupted_goes_on_to_the_same_plans(model, whole, t
     assert (run / "tune/round-1/report.html").is_file(), "what there is can be looked at"
     kept = {path: path.stat().st_mtime_ns for path in (run / "tune").glob("round-*/points/*.json")}
     assert tune(f"mine={run}", "--budget", 5) == 0
+    assert "measuring how far" not in capsys.readouterr().out, "that is kept"
     assert (run / "pipeline/plans.json").read_bytes() == (whole / "pipeline/plans.json").read_bytes()
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     for number in (1, 2, 3):
@@ -133,6 +134,7 @@ def test_what_cannot_be_is_one_clear_message_and_nothing_is_left(
 ):
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("mine")
+    monkeypatch.setattr(tuning, "measure_profile", lambda *_: pytest.fail("it measures"))
     assert message in refused(capsys, model, "--budget", 5, "--out", "out", *options)
     assert not Path("out").exists()
     assert not (model / "plans.json").exists()

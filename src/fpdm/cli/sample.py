@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fpdm.sampling import Report
 
 DEFAULT_BUDGET = 160
+FAR = 2  # times the budget of a tuned plan, beyond which others may well be better
 DTYPES = "{float32,bfloat16,float16,int8,float8}"
 
 
@@ -89,7 +90,9 @@ def tell(options: argparse.Namespace, report: "Report") -> None:
     out = Path(options.out)
     diverged = f"; {report.diverged} of them diverged" if report.diverged else ""
     passes = f"{report.spent:g}" if report.spent == report.planned else f"{report.spent:.1f} of {report.planned}"
-    print(f"{options.num_images} images in {out}; {passes} block passes each, {report.seconds:.1f} s{diverged}")
+    print(
+        f"{max(options.num_images, report.images)} images in {out}; {passes} block passes each, {report.seconds:.1f} s{diverged}"
+    )
     if options.trace:
         print(f"the trace is in {out / 'trace.png'} and {out / 'steps.webp'}")
 
@@ -160,6 +163,8 @@ def choices_of(options: argparse.Namespace, pipe: "FixedPointDiTPipeline") -> "C
         return Choices(budget=options.budget, **planned, **rest)
     print(f"the tuned plan for {tuned.budget} block passes{'' if wanted == tuned.budget else ', the nearest one'}: "
           f"{tuned.scheduler}, reuse {tuned.reuse}, solver {tuned.solver}")  # fmt: skip
+    if not wanted / FAR <= tuned.budget <= wanted * FAR:
+        print(f"that is far from {wanted}: `fpdm tune {options.model} --budget {wanted}` finds a plan for it")
     return Choices(**pipe.tuned(wanted, scale), **rest)
 
 

@@ -17,18 +17,20 @@ goes on where it was.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from fpdm.drawing import Choices, load_pipeline
+from fpdm.drawing import Choices, channels_of, check_precision, load_pipeline, side_of
 from fpdm.evaluation import Evaluation
 from fpdm.experiments.points import Axes, Point, Settings, labelled
-from fpdm.experiments.sweep import check_claim, run_points
-from fpdm.files import check_writable, shipped, write_json
+from fpdm.experiments.sweep import check_claim, checked_instrument, run_points
+from fpdm.files import check_writable, read_json, shipped, write_json
 from fpdm.models import DiT, FixedPointDiT
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import (
@@ -50,6 +52,7 @@ MEANS = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0, 6.0)  # iterations per timestep, on aver
 SHARES = (0.25, 0.5, 1.0, 1.0)  # of all images, in each round
 KEPT = 2  # of all, that go on to the last round in any case
 PROFILED = 32  # images
+PROFILE = "profile.json"
 Row = dict[str, Any]
 
 
@@ -189,6 +192,7 @@ def tune_model(
         raise ValueError(f"{label} is inside the package, with its plans: copy {folder} and tune the copy")
     if not Path(folder).is_dir():
         raise ValueError(f"{folder} is not a folder on this machine, in which plans could be kept: download it first")
+    check_precision(settings.dtype)
     check_writable(Path(folder))  # where the plans are kept
     pipe = load_pipeline(folder, settings.device, "float32")
     identity = digest(pipe.transformer)
@@ -196,13 +200,12 @@ def tune_model(
         any_point = Point(label, folder, identity, budgets[0], Choices())
         check_claim(out / f"round-{number}", round_of(settings, number), [any_point])
     schedulers = usable(pipe, schedulers, min(budgets), say)
-    profile = profiled(pipe, seed, say)
+    checked_instrument(round_of(settings, 1), side_of(pipe), channels_of(pipe))
+    profile = profiled(pipe, identity, seed, out, say)
     tuner = Tuner(label, folder, identity, pipe, profile, tuple(schedulers), settings, out, seed, processes, say)
     plans = []
     for budget in budgets:
         plan = tuner.tune(budget)
-        if profile is not None:
-            write_json(out / "profile.json", {name: values.tolist() for name, values in vars(profile).items()})
         add_plans(Path(folder), [plan])
         plans.append(plan)
     return plans
@@ -224,18 +227,35 @@ def usable(pipe: FixedPointDiTPipeline, schedulers: list[str], budget: int, say:
     return found
 
 
-def profiled(pipe: FixedPointDiTPipeline, seed: int, say: Callable[[str], None]) -> Profile | None:
-    """The errors of the model's predictions by noise level and iteration; None if it has no iterations, or they do not
-    converge."""
+def profiled(
+    pipe: FixedPointDiTPipeline, identity: str, seed: int, out: Path, say: Callable[[str], None]
+) -> Profile | None:
+    """The errors of the model's predictions by noise level and iteration, kept in `out`; None if it has no iterations,
+    or they do not converge."""
     model = pipe.transformer
     if isinstance(model, DiT):
         return None
     assert isinstance(model, FixedPointDiT)
+    of = {"model": identity, "seed": seed, "images": PROFILED}
+    if (kept := kept_profile(out / PROFILE, of)) is not None:
+        return kept
     say("measuring how far predictions are from converged ones")
     noise = initial_noise(model, image_generators(seed, range(PROFILED))).to(pipe.device)
     labels = torch.arange(PROFILED) % model.config.num_classes if model.config.num_classes else None
     try:
-        return measure_profile(model, pipe.scheduler, noise, labels)
+        profile = measure_profile(model, pipe.scheduler, noise, labels)
     except ValueError as error:
         say(f"no plans are derived from convergence: {error}")
         return None
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / PROFILE, {**of, "alpha_bar": profile.alpha_bar.tolist(), "errors": profile.errors.tolist()})
+    return profile
+
+
+def kept_profile(path: Path, of: Row) -> Profile | None:
+    """The profile in a file, if it is of this model and seed, and whole."""
+    with suppress(AttributeError, OSError, ValueError, KeyError, TypeError):
+        kept = read_json(path)
+        if of.items() <= kept.items():
+            return Profile(np.array(kept["alpha_bar"], float), np.array(kept["errors"], float))
+    return None
