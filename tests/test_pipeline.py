@@ -288,6 +288,35 @@ def test_the_callback_sees_every_step_and_may_replace_the_latents(pipe):
     assert handed == [{}]
 
 
+@pytest.mark.parametrize("choices", [{}, {"tolerance": 0.5}, {"guidance_scale": 2.0}], ids=str)
+def test_an_interrupt_returns_what_there_is_and_reports_what_was_spent(choices, pipe):
+    after = []
+
+    def callback(pipeline, index, timestep, tensors):
+        after.append(tensors["latents"])
+        pipeline._interrupt = index == 1
+
+    how = {"num_inference_steps": 4, "iterations": 2, "seed": 0, "output_type": "latent", **choices}
+    whole = pipe([0, 1], **how).report
+    output = pipe([0, 1], callback_on_step_end=callback, **how)
+    assert len(after) == len(output.report.timesteps) == len(output.report.iterations) == 2
+    assert torch.equal(output.images, after[-1])
+    assert output.report.timesteps == whole.timesteps[:2]
+    assert output.report.planned == 2 * (1 + 2 + 1)
+    assert output.report.spent <= output.report.planned
+    assert len(pipe([0, 1], **how).report.timesteps) == 4, "of one call"
+
+
+def test_an_argument_that_there_is_not_is_answered_with_the_nearest(pipe):
+    with pytest.raises(TypeError, match=r"unknown argument 'num_inference_step'. Did you mean 'num_inference_steps'\?"):
+        pipe([0], num_inference_step=3)
+
+
+def test_a_scheduler_is_named_and_others_are_the_pipeline_s(pipe):
+    with pytest.raises(ValueError, match=r"scheduler is DDIMScheduler; it must be a name: ddpm, .* pipe\.scheduler = "):
+        pipe([0], budget=12, scheduler=DDIMScheduler())
+
+
 @pytest.mark.parametrize("latents", [torch.zeros(1, 1, 8, 8), np.zeros((2, 1, 8, 8))], ids=["one image", "array"])
 def test_what_a_callback_returns_must_fit(pipe, latents):
     with pytest.raises(ValueError, match=r"callback_on_step_end returned latents .* tensor of \(2, 1, 8, 8\)"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from scripts import ship
 
-from fpdm import FixedPointDiTPipeline, files
+from fpdm import FixedPointDiT, FixedPointDiTPipeline, files
 from fpdm.cli.main import main
 from fpdm.drawing import load_pipeline
 from fpdm.evaluation.extractors.classifier import Classifier
@@ -41,6 +41,7 @@ def test_a_model_is_found_by_its_name(inside):
     assert files.model_folder("tiny") == str(inside / "tiny")
     pipe = FixedPointDiTPipeline.from_pretrained("tiny")
     assert len(pipe([3], budget=8, seed=0).images) == 1
+    assert digest(FixedPointDiT.from_pretrained("tiny", subfolder="transformer")) == digest(pipe.transformer)
 
 
 def test_a_folder_of_the_name_goes_before_if_it_holds_a_model(inside):

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from inspect import signature
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ParamSpec, Self
@@ -24,7 +25,7 @@ from fpdm.models import Output
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
 from fpdm.models.dit import DiT
 from fpdm.models.fixed_point_dit import FixedPointDiT
-from fpdm.names import PLANNED
+from fpdm.names import PLANNED, unknown
 from fpdm.request import Randomness, Request
 from fpdm.sampling import (
     Call,
@@ -62,7 +63,7 @@ class FixedPointDiTPipelineOutput(BaseOutput):
 
 
 # What is done where a call leaves it open.
-USUAL: dict[str, Any] = {name: None for name in ("budget", *PLANNED)}
+USUAL: dict[str, Any] = dict.fromkeys(("budget", *PLANNED))
 USUAL |= {"allocation": "constant", "reuse": "plain", "solver": "picard"}
 Drawing = Generator[Call, Output, FixedPointDiTPipelineOutput]
 P = ParamSpec("P")
@@ -71,9 +72,14 @@ P = ParamSpec("P")
 def done(request: Callable[P, Request]) -> Callable[P, FixedPointDiTPipelineOutput]:
     """The method that draws what this one checks."""
 
+    known = signature(request).parameters
+
     @wraps(request)
     def call(*args: P.args, **kwargs: P.kwargs) -> FixedPointDiTPipelineOutput:
         pipe: Any = args[0]
+        if other := next((name for name in kwargs if name not in known), None):
+            raise TypeError(unknown("argument", other, [name for name in known if name != "self"]))
+        pipe._interrupt = False
         return answered(pipe.drawing)(request(*args, **kwargs))  # type: ignore[no-any-return]
 
     return call
@@ -91,6 +97,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     """
 
     tuned_plans: tuple[TunedPlan, ...] = ()
+    _interrupt = False  # as in diffusers, set by a callback or another thread: what there is by then is returned
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
     _callback_tensor_inputs = ["latents"]
@@ -247,7 +254,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         seed, image_indices  image i of a seed is the same in every batch; indices default to 0, 1, 2, ...
         latents              noise (B, C, H, W) to start from instead
         callback_on_step_end called with (pipeline, index, timestep, {"latents": x}) after each timestep; may return
-                             a dictionary with other latents
+                             a dictionary with other latents, and end the call by `pipeline._interrupt = True`: what
+                             there is by then is returned
         return_dict          False returns the tuple (images, report)
 
         Raises ValueError for what cannot be done, before anything runs.
@@ -327,6 +335,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                 reuse=asked.reuse,
                 guidance=asked.guidance,
                 on_step=on_step,
+                interrupted=lambda: self._interrupt,
             )
         if report.diverged:
             logger.warning(f"{report.diverged} of {len(x)} images diverged: {Status.DIVERGED.message}")
@@ -357,6 +366,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         call would refuse, and a solver other than Picard: before anything runs where `calls` is a list, else once those
         that are under way are finished. A note tells the number of the call.
         """
+        self._interrupt = False
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if hasattr(self.transformer, "_hf_hook"):

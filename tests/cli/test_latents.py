@@ -255,13 +255,12 @@ def test_an_autoencoder_that_cannot_be_used_is_refused(what, images, vae, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-META = "weights that a folder lacks stay on the meta device, on which digest() raises NotImplementedError"
+def test_the_images_folder_is_no_place_for_latents(images, vae, capsys):
+    assert "is in the folder of the images" in refusal(capsys, command(images, vae, images / "latents"))
+    assert not (images / "latents").exists()
 
 
-@pytest.mark.parametrize(
-    "inside",
-    ["", pytest.param("transformer")],
-)
+@pytest.mark.parametrize("inside", ["", "transformer"])
 def test_a_folder_that_is_no_autoencoder_is_refused(inside, models, images, tmp_path, capsys):
     folder = os.path.join(models["looped"], inside)
     assert folder in refusal(capsys, command(images, folder, tmp_path / "out"))

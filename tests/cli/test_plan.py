@@ -166,7 +166,7 @@ def test_a_plot_of_the_plans_opens(options, models, capsys, tmp_path):
         (["--budget", 40, "--steps", 40], "40 timesteps need at least 120"),
         (["--budget", 40, "--steps", 4, "--iterations", 2], "cost 16 block passes, not 40"),
         (["--budget", 40, "--iterations", "2,2"], "cost 8 block passes, not 40"),
-        (["--steps", 0], "num_steps is 0"),
+        (["--steps", 0], "the number of timesteps is 0"),
         (["--steps", 1001], "1001 timesteps"),
         (["--steps", 3, "--iterations", "1,2"], "2 iteration counts for 3 timesteps"),
         (["--iterations", 0], "iterations is 0"),
@@ -212,6 +212,11 @@ def test_an_unknown_scheduler_is_refused_without_a_model_too(capsys):
 @pytest.mark.parametrize("options", [["--steps", 10], ["--iterations", "2,2"]])
 def test_an_even_number_of_calls_of_heun_is_refused_as_a_sampling_would(options, models, capsys):
     assert "take" in refused(capsys, "--model", models["looped"], "--scheduler", "heun", *options)
+
+
+def test_blocks_of_a_model_are_its_own(models, capsys):
+    said = refused(capsys, "--budget", 100, "--model", models["looped"], "--pre", 3, "--post", 1)
+    assert "has its blocks: leave --pre, --post out, or --model" in said
 
 
 def test_tuned_plans_of_an_explicit_network_are_listed(models, capsys, tmp_path):

@@ -230,6 +230,11 @@ def refusal(place):
     return str(error.value)
 
 
+def test_one_image_is_no_set_of_samples(tmp_path):
+    Image.fromarray(GREY[0]).save(tmp_path / "one.png")
+    assert "one.png is one image: name a folder of images" in refusal(tmp_path / "one.png")
+
+
 @pytest.mark.parametrize("kind", PLACES)
 def test_too_few_are_refused(tmp_path, kind):
     make, _ = PLACES[kind]

@@ -253,7 +253,7 @@ def test_choices_that_agree(choices, iterations):
         ({"iterations": 0}, "at least 1"),
         ({"budget": 0}, "budget is 0"),
         ({"budget": 2.5}, "budget is 2.5"),
-        ({"num_steps": -1}, "num_steps is -1"),
+        ({"num_steps": -1}, "the number of timesteps is -1"),
         ({"num_steps": 11, "calls": range(1, 11)}, "room for 1 to 10"),
         ({"iterations": [1] * 11, "calls": range(1, 11)}, "room for 1 to 10"),
         ({"budget": 99, "num_steps": 11, "calls": range(1, 11)}, "room for 1 to 10"),

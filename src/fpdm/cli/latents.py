@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fpdm.cli.processes import leave
 from fpdm.cli.quiet import quiet_libraries
-from fpdm.files import check_writable, hold
+from fpdm.files import check_writable, hold, is_inside
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
     if min(options.batch_size, options.image_size) < 1:
         raise ValueError("--batch-size and --image-size must be at least 1")
     check_writable(out)
+    if is_inside(out, Path(options.source)):
+        raise ValueError(f"{out} is in the folder of the images: choose another --out")
     quiet_libraries()
     from tqdm import tqdm
 

@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheduler", metavar="NAME", help="sampling method (default: the model's)")
     parser.add_argument("--plot", metavar="FILE", help="also draw the iterations per timestep into a PNG file")
     network = parser.add_argument_group("network, where there is no --model")
-    network.add_argument("--pre", type=int, default=1, metavar="N", help="blocks before the fixed point (1)")
-    network.add_argument("--core", type=int, default=1, metavar="K", help="blocks in it (1)")
-    network.add_argument("--post", type=int, default=1, metavar="N", help="blocks after it (1)")
+    network.add_argument("--pre", type=int, metavar="N", help="blocks before the fixed point (1)")
+    network.add_argument("--core", type=int, metavar="K", help="blocks in it (1)")
+    network.add_argument("--post", type=int, metavar="N", help="blocks after it (1)")
     timing = parser.add_argument_group("prediction of seconds")
     timing.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (64)")
     timing.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")
@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.plot:
         needs("matplotlib", "plots")
+    blocks = {name: getattr(options, name) for name in ("pre", "core", "post")}
+    if options.model and (given := [f"--{name}" for name, count in blocks.items() if count is not None]):
+        raise ValueError(f"{options.model} has its blocks: leave {', '.join(given)} out, or --model")
+    for name, count in blocks.items():
+        setattr(options, name, 1 if count is None else count)
     if min(options.core, options.batch_size) < 1 or min(options.pre, options.post) < 0:
         raise ValueError("--core and --batch-size must be at least 1, --pre and --post at least 0")
     if options.plot:

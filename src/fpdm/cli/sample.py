@@ -90,9 +90,8 @@ def tell(options: argparse.Namespace, report: "Report") -> None:
     out = Path(options.out)
     diverged = f"; {report.diverged} of them diverged" if report.diverged else ""
     passes = f"{report.spent:g}" if report.spent == report.planned else f"{report.spent:.1f} of {report.planned}"
-    print(
-        f"{max(options.num_images, report.images)} images in {out}; {passes} block passes each, {report.seconds:.1f} s{diverged}"
-    )
+    images = max(options.num_images, report.images)
+    print(f"{images} images in {out}; {passes} block passes each, {report.seconds:.1f} s{diverged}")
     if options.trace:
         print(f"the trace is in {out / 'trace.png'} and {out / 'steps.webp'}")
 

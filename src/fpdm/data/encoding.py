@@ -33,7 +33,8 @@ def open_autoencoder(name: str) -> tuple[AutoencoderKL, Autoencoder]:
     try:
         vae = AutoencoderKL.from_pretrained(inside if inside.is_dir() else name)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"the autoencoder {name} cannot be opened: {error}") from error
+        elsewhere = "" if Path(name).exists() else "there is no such folder, and the hub has none, or is not reached: "
+        raise ValueError(f"the autoencoder {name} cannot be opened: {elsewhere}{error}") from error
     check_whole(vae, f"{name} holds another network than an AutoencoderKL")
     if not vae.config.get("scaling_factor"):
         raise ValueError(f"the autoencoder {name} tells no scaling_factor, by which its latents are near unit variance")

@@ -138,6 +138,8 @@ def open_samples(place: str | Path, count: int | None = None) -> Samples:
     path = Path(place)
     if not path.exists():
         raise ValueError(f"there are no samples {place}: name a folder of images, an .npz file, or a model")
+    if path.is_file() and path.suffix.lower() in Image.registered_extensions():
+        raise ValueError(f"{place} is one image: name a folder of images, an .npz file, or a model")
     source: Any = npz_file(path) if path.is_file() else folder_of(path, count)
     if len(source) < LEAST:
         raise ValueError(f"{place} holds {len(source)} images: too few to measure anything by. Draw {LEAST} or more")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from fpdm.files import shipped
 from fpdm.fixedpoint import Solution, Solve
 from fpdm.models.layers import Block, FinalLayer, PatchEmbedder, TimestepEmbedder, unpatchify
 from fpdm.models.presets import preset
@@ -74,9 +75,11 @@ class Denoiser(ModelMixin, ConfigMixin):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
         """diffusers' `from_pretrained`, but missing, extra or misshaped weights raise ValueError: they only warn there,
-        and the images are then noise."""
+        and the images are then noise. Knows the models inside the package, with `subfolder="transformer"`."""
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        place = pretrained_model_name_or_path
+        place = place if os.path.exists(place) else shipped().get(str(place), place)
+        model, info = super().from_pretrained(place, output_loading_info=True, **kwargs)
         wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
         if wrong:
             listed = "; ".join(f"{kind.replace('_', ' ')}: {sorted(map(str, keys))}" for kind, keys in wrong.items())

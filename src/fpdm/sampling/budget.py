@@ -59,6 +59,10 @@ class Plan:
     def num_steps(self) -> int:
         return len(self.passes)
 
+    def first(self, count: int) -> "Plan":
+        """The plan of its first `count` timesteps alone."""
+        return Plan(self.iterations[:count], self.passes[:count], self.asked)
+
     @property
     def planned(self) -> int:
         """Block passes in all; below `asked` only by what no whole iteration fits into."""
@@ -96,7 +100,7 @@ def make_plan(
 
     Raises ValueError where the choices contradict each other or the budget is too small, naming the smallest possible.
     """
-    budget, num_steps = _whole("budget", budget), _whole("num_steps", num_steps)
+    budget, num_steps = _whole("budget", budget), _whole("the number of timesteps", num_steps)
     allocation, iterations = listed(allocation), listed(iterations)
     if not isinstance(allocation, Sequence):
         raise ValueError(f"allocation is {allocation!r}; it must be a name, like 'linear:1', or a weight per timestep")
@@ -156,7 +160,7 @@ def _budget_for(cost: Cost, budget: int | None, num_steps: int, iterations: int 
     if budget is not None and iterations is not None and constant != budget:
         raise ValueError(
             f"{num_steps} timesteps of {iterations} iterations cost {constant} block passes, not {budget}: "
-            "leave one of budget, num_steps and iterations out"
+            "leave the budget, the timesteps or the iterations out"
         )
     return constant if budget is None else budget
 

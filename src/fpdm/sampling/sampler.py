@@ -84,6 +84,7 @@ def course(
     reuse: str = "plain",
     guidance: Guidance = NO_GUIDANCE,
     on_step: OnStep | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Course:
     """The course of images (B, C, H, W) float32 from `noise` of that shape, of classes `labels` (B,) or none.
     It returns them and their report. Nothing in it is to have a gradient, which is up to who answers.
@@ -94,6 +95,7 @@ def course(
     tolerance   relative residual at which an image's solve stops; for what is left over, and `pooled`, see `Purse`
     reuse       what a solve starts from: see `Carry`
     on_step     called with (index, timestep, x) after each timestep; may return an x to go on with
+    interrupted asked after each timestep: if so, what there is by then is all that is returned and reported
     """
     stepper = Stepper(template, scheduler, plan.num_steps, model.config.learned_variance)
     costs = cost_of(model), operations_of(model)  # before the clock starts: a network is counted when it is first met
@@ -122,11 +124,15 @@ def course(
         x = stepper.step(prediction, index, x, list(generators))
         if on_step is not None and (replaced := on_step(index, t, x)) is not None:
             x = replaced
+        if interrupted():
+            plan = plan.first(index + 1)
+            break
 
     x.flatten()[:1].tolist()  # so that the clock is read when it is there, on a device that works by itself, too
     seconds = time.perf_counter() - started
-    guided_at = [guidance.at(t) for t in stepper.timesteps]
-    return x, report_of(plan, *costs, stepper.timesteps, solutions, x, guided_at, purse, seconds)
+    timesteps = stepper.timesteps[: plan.num_steps]
+    guided_at = [guidance.at(t) for t in timesteps]
+    return x, report_of(plan, *costs, timesteps, solutions, x, guided_at, purse, seconds)
 
 
 def answered(begin: Callable[P, Generator[Call, Output, R]]) -> Callable[P, R]:

@@ -107,6 +107,11 @@ class Stepper:
 
 def name_of(template: Any, name: str | None) -> str:
     """The name of the scheduler that is meant. Raises ValueError if it is none that is supported."""
+    if name is not None and not isinstance(name, str):
+        raise ValueError(
+            f"scheduler is {type(name).__name__}; it must be a name: {', '.join(KINDS)}. For settings of its own, give "
+            "the pipeline one: pipe.scheduler = CLASS.from_config(pipe.scheduler.config, ...)"
+        )
     if name is not None and name not in KINDS:
         raise ValueError(unknown("scheduler", name, KINDS))
     own = next((own for own, kind in KINDS.items() if isinstance(template, kind)), None)
