@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from fpdm import DiT, FixedPointDiT, FixedPointDiTPipeline, Solve, Tolerance, to_int8
 from fpdm.diffusion import make_schedule
-from fpdm.fixedpoint import Unroll
+from fpdm.fixedpoint import MultiStepJacobianFree, Unroll
 from fpdm.models.int8 import BACKEND
 from tests.networks import SIZES, randomised
 
@@ -61,6 +61,16 @@ def test_training_that_unrolls_compiles_no_more_where_solves_start_at_what_is_ad
     compiled.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
     compiled(*inputs(4), solve=Solve(gradient=Unroll(3))).sample.sum().backward()
     assert graphs() == 2
+
+
+def test_checkpointing_inside_compiled_blocks_gives_the_same_gradients():
+    plain, compiled = (network(num_core=2) for _ in range(2))
+    compiled.enable_gradient_checkpointing()
+    compiled.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+    for model in (plain, compiled):
+        model(*inputs(3), solve=Solve(gradient=MultiStepJacobianFree(1, 2))).sample.square().mean().backward()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(compiled.get_parameter(name).grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 def test_plans_and_batches_of_a_pipeline_compile_once_and_are_spent_as_planned():

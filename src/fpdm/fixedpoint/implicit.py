@@ -29,7 +29,8 @@ class Implicit:
     max_iterations  its limit, each a product with J^T; one that does not get there goes on with its last g,
                     one that diverges with its best
 
-    It is exact as far as z* is a fixed point and g is solved for. Raises ValueError for values out of range.
+    It is exact as far as z* is a fixed point and g is solved for. While its backward pass runs, other threads of the
+    process must not run theirs (see `products`). Raises ValueError for values out of range.
     """
 
     solver: Solver = Anderson()
