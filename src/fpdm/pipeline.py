@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
 from numbers import Integral
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from fpdm.arguments import guidance_of, labels_of, replacing, whole
 from fpdm.files import model_folder
-from fpdm.fixedpoint import Solver, Status
+from fpdm.fixedpoint import Picard, Solver, Status
 from fpdm.models import Output
 
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
@@ -394,8 +394,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
     def _checked(self, call: Mapping[str, Any]) -> Request:
         """The request of a call among others, which are all solved by Picard's iteration, those of tuned plans too."""
-        tuned = self._tuned_for(call)
-        asked = self.request(**(call if tuned is None else {**call, "budget": None, **tuned, "solver": "picard"}))
+        asked = self.request(**call)
+        asked = asked if self._tuned_for(call) is None else replace(asked, solver=Picard())
         check_shared(asked.solver)
         return asked
 
