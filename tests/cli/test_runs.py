@@ -109,6 +109,12 @@ def test_a_run_is_training_while_its_process_lives_and_is_not_disturbed(tmp_path
     assert rows(capsys, folder)["digits"]["state"] == "stopped"
 
 
+def test_a_run_by_itself_is_listed_too(folder, capsys):
+    run = next(path.parent for path in folder.glob("*/config.json"))
+    assert main(["runs", str(run)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", run.name]
+
+
 def test_no_runs_and_no_folder(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 0
     assert f"no runs in {tmp_path}" in capsys.readouterr().out

@@ -11,7 +11,7 @@ COLUMNS = ("loss", "validation_loss", "grad_norm", "skipped_steps", "images_per_
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="folder of runs (runs)")
+    parser.add_argument("folder", nargs="?", default="runs", metavar="DIR", help="folder of runs, or a run (runs)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -28,10 +28,10 @@ class Standing:
 
 
 def standings(folder: Path) -> list[Standing]:
-    """The runs right below `folder`, by name. Raises ValueError if there is no such folder."""
+    """The runs right below `folder`, by name, or the one that it is. Raises ValueError if there is no such folder."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}: name the folder of your runs (`fpdm train --runs-dir`)")
-    return [standing(path) for path in sorted(folder.iterdir()) if (path / "config.json").is_file()]
+    return [standing(path) for path in (folder, *sorted(folder.iterdir())) if (path / "config.json").is_file()]
 
 
 def standing(path: Path) -> Standing:
