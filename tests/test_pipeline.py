@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fpdm import DiT, FixedPointDiT, FixedPointDiTPipeline
-from fpdm.diffusion import make_schedule
+from fpdm.diffusion import for_sampling, make_schedule
 from fpdm.fixedpoint import Anderson, Picard
 from fpdm.models.int8 import to_int8
 from fpdm.sampling import REUSE, SCHEDULERS, SOLVERS, TunedPlan, image_generators, initial_noise
@@ -305,6 +305,11 @@ def test_an_interrupt_returns_what_there_is_and_reports_what_was_spent(choices, 
     assert output.report.planned == 2 * (1 + 2 + 1)
     assert output.report.spent <= output.report.planned
     assert len(pipe([0, 1], **how).report.timesteps) == 4, "of one call"
+    if not choices:
+        calls = [{"class_labels": [0], **how} for _ in range(3)]
+        calls[1]["callback_on_step_end"] = callback
+        done = {number: len(drawn.report.timesteps) for number, drawn in pipe.continuous(calls, batch_size=2)}
+        assert done == {0: 4, 1: 2, 2: 4}
 
 
 def test_an_argument_that_there_is_not_is_answered_with_the_nearest(pipe):
@@ -572,6 +577,7 @@ def test_a_budget_alone_takes_the_tuned_plan(budget):
     pipe.tuned_plans = PLANS
     assert pipe.plan(budget=budget) == pipe.plan(**pipe.tuned(budget))
     assert torch.equal(pixels(pipe, [0], seed=0, budget=budget), pixels(pipe, [0], seed=0, **pipe.tuned(budget)))
+    assert pipe.plan(budget=torch.tensor(budget)) == pipe.plan(budget=budget)
 
 
 @pytest.mark.parametrize(
@@ -594,6 +600,22 @@ def test_whatever_else_is_said_of_a_plan_leaves_the_tuned_one_out(more, pipe):
     tuned.tuned_plans = PLANS
     assert torch.equal(pixels(tuned, [0], seed=0, budget=12, **more), pixels(pipe, [0], seed=0, budget=12, **more))
     assert not torch.equal(pixels(tuned, [0], seed=0, budget=12), pixels(pipe, [0], seed=0, budget=12))
+
+
+def test_a_pipeline_of_another_scheduler_or_network_takes_no_tuned_plan_by_itself(tmp_path, pipe):
+    saved = make_pipeline()
+    saved.tuned_plans = PLANS
+    saved.save_pretrained(tmp_path)
+    other = make_pipeline(num_pre=2, num_post=2)
+    for part in ({"scheduler": for_sampling(pipe.scheduler)}, {"transformer": other.transformer}):
+        opened = FixedPointDiTPipeline.from_pretrained(tmp_path, **part)
+        assert opened.plan(budget=12).planned <= 12
+        assert opened.plan(budget=12) != saved.plan(budget=12)
+    given, plain = make_pipeline(), make_pipeline()
+    given.tuned_plans = PLANS
+    given.scheduler = plain.scheduler = for_sampling(given.scheduler)
+    assert torch.equal(pixels(given, [0], seed=0, budget=12), pixels(plain, [0], seed=0, budget=12))
+    assert given.tuned_plans == PLANS, "they can be asked for"
 
 
 @pytest.mark.parametrize("budget", [0, -1, "12", 1.5])

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,15 @@ from fpdm.imaging import grid
 from fpdm.models import to_float8, to_int8
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import Plan, Report, check_reuse
+from fpdm.sampling.schedulers import KINDS
 from fpdm.weights import digest
 
 GRID_IMAGES = 100
 REPORT, PART = "report.json", ".report-"
+# Of a scheduler's configuration, what is read whatever draws, and what is where its own kind does.
+OF_SCHEDULES = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+                "rescale_betas_zero_snr", "clip_sample", "clip_sample_range")  # fmt: skip
+OF_SOLVERS = ("solver_order", "solver_type", "algorithm_type", "disable_corrector")
 ALONE = Processes()
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 IN_8_BITS: dict[str, Callable[[Any], Any]] = {"int8": to_int8, "float8": to_float8}
@@ -170,8 +176,8 @@ def draw_missing(
         if processes.main:
             _collect(out)
             there = max({count - 1} | _drawn(out / REPORT)[0]) + 1  # earlier calls may have asked for more
-            files = [path for i in range(there) if (path := image_file(out, i)).is_file()]
-            shown = [Image.open(path) for path in files[:GRID_IMAGES]]
+            files = (path for i in range(there) if (path := image_file(out, i)).is_file())
+            shown = [Image.open(path) for path in islice(files, GRID_IMAGES)]
             columns = min(10, len(classes or [])) or 10
             write_aside(out / "grid.png", partial(grid(shown, columns).save, format="PNG"))
         processes.wait()
@@ -180,16 +186,30 @@ def draw_missing(
     return report
 
 
+def _read_by_sampling(request: dict[str, Any]) -> dict[str, Any]:
+    """A request with the name of the scheduler that draws, and of the pipeline's no more than is read of it."""
+    full = request["noise_schedule"]
+    own = next((name for name, kind in KINDS.items() if kind.__name__ == full["kind"]), "")
+    name = request["scheduler"] or own
+    settings = full if name == own else KINDS[name]().config
+    read = {key: full[key] for key in OF_SCHEDULES if full.get(key)}
+    read |= {key: settings[key] for key in OF_SOLVERS if settings.get(key)}
+    if "clip_sample" in read:
+        read = {"clip_sample_range": 1.0, **read}
+    return {**request, "scheduler": name, "noise_schedule": read}
+
+
 def _differences(key: str, old: Any, new: Any) -> Iterator[str]:
     """What differs between two values of a request, in words."""
     if old == new:
         return
-    if key in ("model", "vae"):  # digests
+    if key in ("model", "vae") and old and new:  # digests
         yield f"{key} had other weights, or another --dtype"
+    elif key == "vae":
+        yield f"there was {'an' if old else 'no'} autoencoder"
     elif isinstance(old, dict) and isinstance(new, dict):
-        yield from (
-            f"{key}: {k} was {old.get(k)!r}, is {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k)
-        )
+        for name in {**old, **new}:
+            yield from _differences(f"{key}: {name}", old.get(name), new.get(name))
     else:
         yield f"{key} was {old!r}, is {new!r}"
 
@@ -215,13 +235,15 @@ def _draw(
     drawn, report = (done, whole) if processes.main else (set(), None)
     processes.wait()  # until all have read it
     batches = [part[i : i + batch_size] for part in (new, lost) for i in range(0, len(part), batch_size)]
-    left = len(missing)
+    left, steps = len(missing), choices.plan(pipe).num_steps
     for indices in batches:
         pipe.set_progress_bar_config(
             desc=f"images {left} to go", unit="step", leave=False, disable=on_batch is not None or not processes.main
         )
         batch = None if labels is None else [labels[i] for i in indices]
         result = pipe(batch, len(indices), image_indices=indices, **choices.to_dict())
+        if len(result.report.timesteps) < steps:
+            raise InterruptedError(f"the pipeline was interrupted: images {indices[0]} to {indices[-1]} are not drawn")
         for i, image in zip(indices, result.images, strict=True):
             write_aside(image_file(out, i), partial(image.save, format="PNG"))
         left -= len(indices)
@@ -282,9 +304,9 @@ def _claim(out: Path, request: dict[str, Any]) -> None:
     if path.is_file():
         old, known = read_json(path), Choices().to_dict()  # a request of an older version lacks what is new
         old["reuse"] = check_reuse(old.get("reuse", known["reuse"]))  # and says yes or no
-        known = {**request, **known}
         new = json.loads(json.dumps(request))
-        changed = [text for key, value in new.items() for text in _differences(key, old.get(key, known[key]), value)]
+        old, new = (_read_by_sampling({**new, **known, **values}) for values in (old, new))
+        changed = [text for key, value in new.items() for text in _differences(key, old[key], value)]
         if changed:
             raise ValueError(f"{out} holds images of another request: {'; '.join(changed)}. Choose another --out")
     elif any(out.glob("*.png")):

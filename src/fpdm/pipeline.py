@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, replace
 from functools import wraps
 from inspect import signature
-from numbers import Integral
+from operator import index
 from pathlib import Path
 from typing import Any, ParamSpec, Self
 
@@ -79,7 +79,6 @@ def done(request: Callable[P, Request]) -> Callable[P, FixedPointDiTPipelineOutp
         pipe: Any = args[0]
         if other := next((name for name in kwargs if name not in known), None):
             raise TypeError(unknown("argument", other, [name for name in known if name != "self"]))
-        pipe._interrupt = False
         return answered(pipe.drawing)(request(*args, **kwargs))  # type: ignore[no-any-return]
 
     return call
@@ -96,7 +95,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                   nothing without one, and has nothing to be guided away from
     """
 
-    tuned_plans: tuple[TunedPlan, ...] = ()
+    _tuned_plans: tuple[TunedPlan, ...] = ()
+    _tuned_with: tuple[Any, Any] = (None, None)
     _interrupt = False  # as in diffusers, set by a callback or another thread: what there is by then is returned
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
@@ -139,15 +139,28 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         pipe = super().from_pretrained(path, **{"use_safetensors": True, **kwargs})
         if isinstance(pipe.vae, torch.nn.Module):
             check_whole(pipe.vae, f"the autoencoder in {path} is not whole")
-        pipe.tuned_plans = load_plans(Path(path))
+        if not {"transformer", "scheduler"} & set(kwargs):  # else they are of other parts
+            pipe.tuned_plans = load_plans(Path(path))
         return pipe
 
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
         """diffusers' `from_pipe`, with the tuned plans."""
         pipe: Self = super().from_pipe(pipeline, **kwargs)
-        pipe.tuned_plans = getattr(pipeline, "tuned_plans", ())
+        if (pipe.transformer, pipe.scheduler) == (pipeline.transformer, pipeline.scheduler):
+            pipe.tuned_plans = getattr(pipeline, "tuned_plans", ())
         return pipe
+
+    @property
+    def tuned_plans(self) -> tuple[TunedPlan, ...]:
+        """What `fpdm tune` found for the network. A pipeline that was given another network or scheduler since then
+        does not take them by itself."""
+        return self._tuned_plans
+
+    @tuned_plans.setter
+    def tuned_plans(self, plans: Sequence[TunedPlan]) -> None:
+        self._tuned_plans = tuple(plans)
+        self._tuned_with = original(self.transformer), self.scheduler
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """diffusers' `save_pretrained`, and the tuned plans. Raises ValueError for a network in 8 bits."""
@@ -172,12 +185,15 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     def _tuned_for(self, call: Mapping[str, Any]) -> dict[str, Any] | None:
         """The tuned plan as keyword arguments, for a call that says no more of its plan than the budget. None where
         there is none, or the call says more, or has a budget that cannot be."""
-        budget = call.get("budget")
         said = call.get("pooled") or any(call.get(name) is not None for name in PLANNED)
-        if said or not isinstance(budget, Integral) or budget < 1:
+        if said or self._tuned_with != (original(self.transformer), self.scheduler):
             return None
-        plan = nearest_plan(self.tuned_plans, int(budget), call.get("guidance_scale", 1.0))
-        return None if plan is None else plan.choices(int(budget), cost_of(self.transformer))
+        try:
+            budget = index(call.get("budget"))  # type: ignore[arg-type]
+        except TypeError:
+            return None
+        plan = nearest_plan(self.tuned_plans, budget, call.get("guidance_scale", 1.0)) if budget > 0 else None
+        return None if plan is None else plan.choices(budget, cost_of(self.transformer))
 
     @property
     def class_names(self) -> list[str]:
@@ -306,6 +322,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
     def drawing(self, asked: Request, bar: bool = True) -> Drawing:
         """The course of a call: the evaluations of the network that it waits for. `bar` shows how far it is."""
+        self._interrupt = False
         generators = asked.randomness.generators()
         noise = initial_noise(self.transformer, generators)  # in any case: later draws do not depend on `latents`
         noise = noise if asked.latents is None else asked.latents
@@ -321,6 +338,10 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                     raise ValueError(f"callback_on_step_end returned {sorted(extra)}; it can only replace 'latents'")
                 return replacing(x, returned.get("latents"))
 
+            def interrupted() -> bool:
+                asked, self._interrupt = self._interrupt, False  # of the call whose timestep it was, and no other
+                return asked
+
             x, report = yield from course(
                 self.transformer,
                 self.scheduler,
@@ -335,7 +356,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                 reuse=asked.reuse,
                 guidance=asked.guidance,
                 on_step=on_step,
-                interrupted=lambda: self._interrupt,
+                interrupted=interrupted,
             )
         if report.diverged:
             logger.warning(f"{report.diverged} of {len(x)} images diverged: {Status.DIVERGED.message}")
@@ -366,7 +387,6 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         call would refuse, and a solver other than Picard: before anything runs where `calls` is a list, else once those
         that are under way are finished. A note tells the number of the call.
         """
-        self._interrupt = False
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         if hasattr(self.transformer, "_hf_hook"):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fpdm import drawing
 from fpdm.cli.main import main
+from fpdm.diffusion import for_sampling
 from fpdm.experiments import trace
 from fpdm.imaging import grid
 from fpdm.models import FixedPointDiT
@@ -120,6 +121,38 @@ def test_int8_draws_nearly_the_same_under_the_same_plan_and_is_another_model(mod
     assert report["spent"] == plain[2]["spent"]
     said = refused(capsys, models["looped"], tmp_path, *BUDGET)
     assert "of another request: model had other weights, or another --dtype. Choose" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [(["--scheduler", "unipc"], None), ([], "scheduler was 'ddpm', is 'unipc'")]
+)
+def test_a_folder_begun_with_a_model_saved_with_another_scheduler(options, message, models, tmp_path, capsys):
+    """As versions before UniPC saved them: where the scheduler is named, the images are the same."""
+    before, _, _ = drawn(models["looped"], tmp_path / "out", *BUDGET, *options)
+    folder = shutil.copytree(models["looped"], tmp_path / "saved-anew")
+    pipe = FixedPointDiTPipeline.from_pretrained(folder)
+    pipe.scheduler = for_sampling(pipe.scheduler)
+    pipe.save_pretrained(folder)
+    if message is None:
+        assert sample(folder, tmp_path / "out", *BUDGET, *options) == 0
+        assert drawn(folder, tmp_path / "other", *BUDGET, *options)[0] == before
+    else:
+        assert message in refused(capsys, folder, tmp_path / "out", *BUDGET, *options)
+
+
+def test_a_pipeline_that_is_interrupted_leaves_no_image_half_drawn(models, tmp_path):
+    pipe = FixedPointDiTPipeline.from_pretrained(models["looped"])
+    step, calls = pipe.progress_bar, []
+
+    def stopped(*given, **how):
+        calls.append(len(calls))
+        pipe._interrupt = len(calls) == 2
+        return step(*given, **how)
+
+    pipe.progress_bar = stopped
+    with pytest.raises(InterruptedError, match="images 2 to 3 are not drawn"):
+        drawing.draw_missing(pipe, tmp_path / "out", 6, [0], 2, drawing.Choices(budget=20, iterations=2))
+    assert sorted(images_in(tmp_path / "out")) == ["000000.png", "000001.png"]
 
 
 def test_fewer_images_than_are_there_leave_all_of_them_in_the_grid(models, tmp_path, capsys):

@@ -89,6 +89,11 @@ def test_names_of_a_model_are_numbers_where_the_data_has_only_as_many_of_these(t
     assert samples.labels(list(data)) == (labels and labels * (COUNT // 2))
 
 
+def test_names_of_a_model_that_are_numbers_are_not_taken_for_others(tmp_path):
+    samples = open_samples(drawn(tmp_path, classes=[1, 0], class_names=["1", "2"]))
+    assert samples.labels(["0", "1"]) is None
+
+
 def test_drawn_without_classes(tmp_path):
     samples = open_samples(drawn(tmp_path))
     assert samples.labels(["a", "b"]) is None

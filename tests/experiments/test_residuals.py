@@ -3,7 +3,7 @@
 import torch
 
 from fpdm.data import BrokenImage, digits
-from fpdm.diffusion import make_schedule
+from fpdm.diffusion import for_sampling, make_schedule
 from fpdm.experiments.residuals import ITERATIONS, TIMESTEPS, residuals_by_timestep
 from fpdm.models import FixedPointDiT
 from fpdm.pipeline import FixedPointDiTPipeline
@@ -32,6 +32,21 @@ def test_a_contraction_converges_at_every_timestep():
     residuals = residuals_of()
     assert (residuals[:, 0] > 0.01).all()
     assert (residuals[:, -1] < 0.1 * residuals[:, 0]).all()
+
+
+def test_they_do_not_depend_on_the_scheduler_that_a_model_is_saved_with():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = FixedPointDiT(**SIZES)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    schedule = make_schedule()
+    one, other = (
+        torch.tensor(residuals_by_timestep(FixedPointDiTPipeline(model, scheduler), digits())["residuals"])
+        for scheduler in (schedule, for_sampling(schedule))
+    )
+    torch.testing.assert_close(other, one)
+    assert not torch.allclose(one, one.flip(0), rtol=0.01), "by timestep"
 
 
 def test_images_that_cannot_be_read_are_left_out(monkeypatch):

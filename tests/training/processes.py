@@ -11,6 +11,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,15 @@ class Program:
 
     def __init__(self, words: Sequence[object], said: Path, leads: bool = False):
         self.process = start(command, [str(word) for word in words], said=said, leads=leads)
-        self.pid, self.said = self.process.pid, said
+        self.pid, self.said, self.leads = self.process.pid, said, leads
 
     def __enter__(self) -> "Program":
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.leads:
+            with suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
         self.kill()
         self.process.join()
 
@@ -133,6 +137,8 @@ def _call(
 ) -> None:
     if leads:
         os.setsid()
+    for name in [name for name in os.environ if name.startswith("FPDM_")]:
+        del os.environ[name]
     os.environ.update(environment)
     with open(said, "w") as file:
         for stream in (1, 2):

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from diffusers import UniPCMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -72,6 +73,8 @@ def test_a_short_run_learns_and_leaves_a_model_that_opens(tmp_path):
     assert (tmp_path / "run/samples/step-00000120.png").is_file()
 
     pipe = FixedPointDiTPipeline.from_pretrained(tmp_path / "run/pipeline")
+    assert type(pipe.scheduler) is UniPCMultistepScheduler
+    assert torch.equal(pipe.scheduler.betas, trainer.parts.schedule.betas)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.class_names == [str(digit) for digit in range(10)]
     averaged = dict(trainer.ema.model.named_parameters())

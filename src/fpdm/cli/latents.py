@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fpdm.cli.processes import leave
 from fpdm.cli.quiet import quiet_libraries
-from fpdm.files import check_writable, hold, is_inside
+from fpdm.files import check_writable, hold, is_free, is_inside
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +33,10 @@ def run(options: argparse.Namespace) -> int:
     if min(options.batch_size, options.image_size) < 1:
         raise ValueError("--batch-size and --image-size must be at least 1")
     check_writable(out)
-    if is_inside(out, Path(options.source)):
-        raise ValueError(f"{out} is in the folder of the images: choose another --out")
     quiet_libraries()
     from tqdm import tqdm
 
-    from fpdm.data import open_images
+    from fpdm.data import ImageFolder, open_images
     from fpdm.data.encoding import SHARD, Encoder, open_autoencoder
     from fpdm.devices import join_processes
     from fpdm.drawing import dtype_of
@@ -46,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     dtype, processes = dtype_of(options.dtype), join_processes(options.device)
     vae, autoencoder = open_autoencoder(options.vae)
     source = open_images(options.source, split=options.split, size=options.image_size)
+    if isinstance(source, ImageFolder) and is_inside(out, Path(options.source)) and is_free(out):
+        raise ValueError(f"{out} is in the folder of the images: choose another --out")
     vae.to(processes.device, dtype)
     encoder = Encoder(
         source,

@@ -65,7 +65,8 @@ class Samples:
         if set(names) <= set(class_names):
             return [class_names.index(names[int(label)]) for label in self.source.labels]
         by_name = isinstance(self.source, DrawnFolder) and self.source.named
-        if by_name and len(names) == len(class_names) and all(name == str(i) for i, name in enumerate(class_names)):
+        numbered = len(names) == len(class_names) and all(name == str(i) for i, name in enumerate(class_names))
+        if by_name and numbered and not any(name.isdecimal() for name in names):
             return list(self.source.labels)
         if not by_name and all(name.isdecimal() and int(name) < len(class_names) for name in names):
             return [int(names[int(label)]) for label in self.source.labels]

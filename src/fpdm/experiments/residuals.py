@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from fpdm.data import BrokenImage, ImagePreparation, Source
+from fpdm.diffusion import add_noise
 from fpdm.fixedpoint import FixedIterations, Solve
 from fpdm.keyed import generator
 from fpdm.models import FixedPointDiT
@@ -30,9 +31,10 @@ def residuals_by_timestep(pipe: FixedPointDiTPipeline, source: Source) -> dict[s
     images = torch.stack([prepare(image, generator("residuals", i)) for i, (image, _) in enumerate(loaded)])
     labels = torch.tensor([label if model.config.num_classes else 0 for _, label in loaded])
     noise = torch.randn(images.shape, generator=generator("residuals", "noise"))
+    alpha_bar = (1 - scheduler.betas.double()).cumprod(0).float()  # `add_noise` of some schedulers counts from the end
     found = []
     for t in TIMESTEPS:
-        x = scheduler.add_noise(images, noise, torch.full((len(images),), t))
+        x = add_noise(images, noise, alpha_bar[t])
         solution = model(x, t, labels, solve=Solve(stopping=FixedIterations(ITERATIONS))).solution
         found.append(solution.residuals.median(1).values.tolist())
     return {"images": len(images), "timesteps": list(TIMESTEPS), "residuals": found}

@@ -265,7 +265,7 @@ def device_for(settings: Settings) -> str:
     return f"cuda:{_place % torch.cuda.device_count()}" if device == "cuda" else device
 
 
-@lru_cache(maxsize=2)  # points go from model to model
+@lru_cache(maxsize=8)  # points go from model to model
 def pipeline_for(folder: str, weights: str, device: str, dtype: str) -> FixedPointDiTPipeline:
     """Raises ValueError if the weights in the folder are not those whose digest is `weights`."""
     pipe = load_pipeline(folder, "cpu", "float32")

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fpdm.drawing import Choices, channels_of, check_precision, load_pipeline, side_of
+from fpdm.drawing import Choices, channels_of, check_precision, load_pipeline, schedule_of, side_of
 from fpdm.evaluation import Evaluation
 from fpdm.experiments.points import Axes, Point, Settings, labelled
 from fpdm.experiments.sweep import check_claim, checked_instrument, run_points
@@ -236,7 +236,7 @@ def profiled(
     if isinstance(model, DiT):
         return None
     assert isinstance(model, FixedPointDiT)
-    of = {"model": identity, "seed": seed, "images": PROFILED}
+    of = {"model": identity, "noise_schedule": schedule_of(pipe), "seed": seed, "images": PROFILED}
     if (kept := kept_profile(out / PROFILE, of)) is not None:
         return kept
     say("measuring how far predictions are from converged ones")
@@ -254,8 +254,9 @@ def profiled(
 
 def kept_profile(path: Path, of: Row) -> Profile | None:
     """The profile in a file, if it is of this model and seed, and whole."""
-    with suppress(AttributeError, OSError, ValueError, KeyError, TypeError):
+    with suppress(AttributeError, IndexError, OSError, ValueError, KeyError, TypeError):
         kept = read_json(path)
         if of.items() <= kept.items():
-            return Profile(np.array(kept["alpha_bar"], float), np.array(kept["errors"], float))
+            levels, errors = np.array(kept["alpha_bar"], float), np.array(kept["errors"], float)
+            return Profile(levels, errors) if errors.shape == (len(levels), errors.shape[1]) else None
     return None

@@ -44,7 +44,7 @@ class FixedPointCore(nn.Module):
     def forward(self, z: Tensor, context: Context) -> Tensor:
         """One application of f to `z` (B, N, D)."""
         # Asked at every call: of a solve's iterations only the last ones may have a gradient.
-        stored = self.gradient_checkpointing and torch.is_grad_enabled()
+        stored = torch.is_grad_enabled() and self.gradient_checkpointing
         for index in range(len(self.blocks)):
             if stored:  # the input of each part only
                 z = self._gradient_checkpointing_func(self.part, index, z, context)

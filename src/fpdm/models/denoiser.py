@@ -78,7 +78,8 @@ class Denoiser(ModelMixin, ConfigMixin):
         and the images are then noise. Knows the models inside the package, with `subfolder="transformer"`."""
         wants_info = kwargs.pop("output_loading_info", False)
         place = pretrained_model_name_or_path
-        place = place if os.path.exists(place) else shipped().get(str(place), place)
+        if not os.path.exists(os.path.join(place, kwargs.get("subfolder") or "")):
+            place = shipped().get(str(place), place)
         model, info = super().from_pretrained(place, output_loading_info=True, **kwargs)
         wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
         if wrong:

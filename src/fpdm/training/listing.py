@@ -36,6 +36,7 @@ def standings(folder: Path) -> list[Standing]:
 
 def standing(path: Path) -> Standing:
     """How the run in `path` stands."""
+    path = path.resolve()
     log = path / "log.jsonl"
     last = numbers(log)
     age = time.time() - log.stat().st_mtime if log.is_file() else None
