@@ -53,6 +53,6 @@ def for_sampling(schedule: DDPMScheduler) -> UniPCMultistepScheduler:
     """The scheduler that a model is saved with: UniPC (Zhao et al. 2023) on the noise schedule it was trained with.
 
     Up to 160 block passes it draws better than DDPM's ancestral sampling, from each model of docs/reproduction.md that
-    was measured with both, most so under short budgets; at 560 some models draw better with DDPM.
+    was measured with both, most so under short budgets; at 560 from all but the smallest DiT.
     """
     return UniPCMultistepScheduler.from_config(schedule.config)
