@@ -535,6 +535,17 @@ def test_classes_out_of_proportion_are_noted(instrument):
     assert not any("proportions" in note for note in measured(instrument, noise()).notes)
 
 
+def test_names_of_a_model_that_the_data_has_not_are_taken_by_number_and_this_is_noted(instrument, perfect, tmp_path):
+    for number, place in enumerate(OTHERS):
+        Image.fromarray(DIGITS.images[place]).save(tmp_path / f"{number:06d}.png")
+    request = {"classes": list(range(10)), "class_names": [f"digit {c}" for c in range(10)]}
+    (tmp_path / "request.json").write_text(json.dumps(request))
+    found = measured(instrument, open_samples(tmp_path))
+    assert found["accuracy"].value == perfect["accuracy"].value
+    assert any("taken by their numbers" in note for note in found.notes)
+    assert not any("taken by their numbers" in note for note in perfect.notes)
+
+
 def test_diverged_samples_are_noted(projected, tmp_path):
     for number in range(60):
         Image.fromarray(DIGITS.images[number]).save(tmp_path / f"{number:06d}.png")
