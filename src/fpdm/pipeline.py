@@ -124,7 +124,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Self:
         """Open a pipeline folder, a run, a model inside the package, or a name on the hub. Options are diffusers';
-        nothing is ever unpickled.
+        nothing is ever unpickled. The tuned plans come along, unless another transformer or scheduler is given.
 
         A folder that is not there, or whose files are missing or damaged, raises OSError or ValueError.
         """
@@ -380,9 +380,9 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         return_exceptions  yield what a call raises, its callbacks included, in place of its images, and go on
 
         Yields the number of each call and what `pipe(**call)` would return, as they finish; a tuned plan's iterations
-        are Picard's here, whatever its solver is. Samples at different
-        timesteps and iterations share every pass of the shared block, and leave room for others when they are solved:
-        for many small calls that come one by one. Images of one plan are drawn faster by one call.
+        are Picard's here, whatever its solver is. Samples at different timesteps and iterations share every pass of the
+        shared block, and leave room for others when they are solved: for many small calls that come one by one. Images
+        of one plan are drawn faster by one call.
         Raises ValueError for an explicit network, and an offloaded one; and, unless exceptions are returned, for what a
         call would refuse, and a solver other than Picard: before anything runs where `calls` is a list, else once those
         that are under way are finished. A note tells the number of the call.
