@@ -1,5 +1,6 @@
 """What a result was made with."""
 
+import os
 import platform
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,17 @@ def made_with(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version_of(name) for name in PACKAGES},
     }
+
+
+def cores() -> int:
+    """How many cores this process may use: fewer than there are where it is bound to some, by `taskset` or Slurm."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads_each(processes: int) -> int:
+    """The threads of each of several processes that share what this one would compute with, which OMP_NUM_THREADS and
+    the cores that it is bound to limit: more threads than cores wait for each other, at half the speed or less."""
+    return max(1, torch.get_num_threads() // processes)
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, rows: int, width: int, seconds: float = 0.05) -> float:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from fpdm import DiT
 from fpdm.cli.main import main
@@ -267,7 +268,7 @@ def test_two_processes_make_the_points_of_one_and_an_error_in_one_keeps_what_was
         assert [point.key for point in points][-1] == "broken-12-dpmpp"
         return computed(points, *others)
 
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # so that each computes with one thread, as `whole` did
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)  # so that each computes with one thread, as `whole` did
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "computed", torn_after_planning)
         said = refused(*models.values(), broken, "--processes", "2", out=out, captured=capfd)
@@ -297,7 +298,7 @@ def test_a_worker_that_is_killed_is_one_message_and_the_same_command_goes_on(
             killed.append(multiprocessing.active_children()[0])
             os.kill(killed[0].pid, signal.SIGKILL)
 
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     with monkeypatch.context() as patch:
         patch.setattr(sweep, "write_json", kill_one)
         try:

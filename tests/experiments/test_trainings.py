@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -239,10 +240,11 @@ def test_so_many_are_trained_at_a_time(monkeypatch, tmp_path):
     assert not at_work
 
 
-@pytest.mark.parametrize(("cores", "processes", "threads"), [(8, 2, 4), (2, 5, 1), (None, 1, 1)])
-def test_processes_share_the_cores(cores, processes, threads, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("here", "processes", "threads"), [(8, 2, 4), (2, 5, 1), (1, 1, 1)])
+def test_processes_share_the_threads_of_this_one(here, processes, threads, monkeypatch, tmp_path):
+    """Not the machine's cores: beside other programs, OMP_NUM_THREADS says how many are left to these."""
     asked = []
-    monkeypatch.setattr(trainings.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: here)
     monkeypatch.setattr(trainings, "started", lambda *given: asked.append(given) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         train_missing([training()], tmp_path, processes, quiet)

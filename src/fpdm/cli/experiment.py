@@ -11,7 +11,6 @@ stops; the same command goes on.
 """
 
 import argparse
-import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from fpdm.experiments.experiment import RESULT, Experiment
     from fpdm.experiments.show import as_text, write_page
     from fpdm.experiments.table import Part
+    from fpdm.machine import cores
 
     wanted, on = table(options.table), ground(options.on)
     part = Part(
@@ -73,7 +73,8 @@ def run(options: argparse.Namespace) -> int:
     if options.data and not on.data:
         raise ValueError(f"--data has no meaning on {options.on}, whose images are in the package: leave it out")
     device = pick_device(options.device)
-    processes = (os.cpu_count() or 1 if device == "cpu" else 1) if options.processes is None else options.processes
+    usual = cores() if device == "cpu" else 1
+    processes = usual if options.processes is None else options.processes
     if processes < 1:
         raise ValueError(f"--processes is {processes}; it must be at least 1")
     data = str(Path(options.data).resolve()) if options.data else None

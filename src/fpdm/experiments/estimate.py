@@ -15,6 +15,7 @@ from fpdm.experiments.experiment import AT_ONCE, Experiment, untuned
 from fpdm.experiments.points import distinct
 from fpdm.experiments.table import WHOLE, Part, Training
 from fpdm.experiments.trainings import is_trained
+from fpdm.machine import threads_each
 from fpdm.models import Denoiser
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import measure_seconds, solver_of
@@ -40,7 +41,7 @@ class Needed:
 def estimate(experiment: Experiment, part: Part = WHOLE) -> Iterator[str]:
     """A line per model, and the sum. What is finished is not counted, except for points; measuring samples is not."""
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before // experiment.processes))
+    torch.set_num_threads(threads_each(experiment.processes))
     try:
         total = 0.0
         yield f"{'hours of one process':24} {'trainings':>16} {'choosing plans':>16} {'reporting':>12}"

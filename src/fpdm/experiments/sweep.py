@@ -31,7 +31,7 @@ from fpdm.drawing import channels_of, check_precision, draw_missing, load_pipeli
 from fpdm.evaluation import Evaluation, Instrument, open_samples
 from fpdm.experiments.points import Axes, Point, Settings, points_of
 from fpdm.files import cache_folder, hold, is_free, read_json, write_json
-from fpdm.machine import made_with
+from fpdm.machine import made_with, threads_each
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.signals import handled_by
 from fpdm.weights import digest
@@ -175,7 +175,7 @@ def computed(
         for point in points:
             yield point, measure_point(point, settings, out, 1, lambda n, point=point: on_work(n * point.operations))  # type: ignore[misc]
         return
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = threads_each(processes)
     context = multiprocessing.get_context("spawn")  # a forked process could not use CUDA
     counter = context.Value("i", 0)
     with ProcessPoolExecutor(processes, context, start_worker, (threads, counter)) as pool:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from fpdm.experiments.table import Training
 from fpdm.files import read_json
+from fpdm.machine import threads_each
 from fpdm.training.checkpoints import all_steps
 from fpdm.training.config import Config, differences
 from fpdm.training.listing import numbers, standing
@@ -33,7 +34,7 @@ def train_missing(
 ) -> None:
     """Do what is missing of the trainings, in folders of their names in `runs`, so many at a time.
 
-    threads  of each process; by default they share the machine's cores
+    threads  of each process; by default they share those of this one
 
     An interrupt stops all of them, saved. Raises ValueError before anything starts for what `check_runs` refuses, and
     ChildProcessError for a training that fails, once the others that had begun are stopped and saved.
@@ -44,7 +45,7 @@ def train_missing(
         say(f"{len(trainings) - len(missing)} of {len(trainings)} trainings are there")
     if not missing:
         return
-    threads = threads or max(1, (os.cpu_count() or 1) // processes)
+    threads = threads or threads_each(processes)
     waiting, working = list(missing), list[tuple[Training, subprocess.Popen[bytes]]]()
     total, done = sum(map(steps_of, missing)), sum(steps_kept(training, runs) for training in missing)
     with tqdm(total=total, initial=done, unit="step", mininterval=0.5, desc="training") as bar:
