@@ -312,9 +312,10 @@ def test_an_interrupt_returns_what_there_is_and_reports_what_was_spent(choices, 
         assert done == {0: 4, 1: 2, 2: 4}
 
 
-def test_an_argument_that_there_is_not_is_answered_with_the_nearest(pipe):
+@pytest.mark.parametrize("asking", ["__call__", "request", "plan"])
+def test_an_argument_that_there_is_not_is_answered_with_the_nearest(asking, pipe):
     with pytest.raises(TypeError, match=r"unknown argument 'num_inference_step'. Did you mean 'num_inference_steps'\?"):
-        pipe([0], num_inference_step=3)
+        getattr(pipe, asking)(num_inference_step=3)
 
 
 def test_a_scheduler_is_named_and_others_are_the_pipeline_s(pipe):

@@ -2,8 +2,10 @@
 
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from inspect import signature
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +15,21 @@ from fpdm.names import unknown
 from fpdm.sampling import Guidance, check_reuse, listed, solver_of
 
 NO_GUIDANCE, EVERYWHERE = Guidance(), (0.0, math.inf)
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def named(method: Callable[P, R]) -> Callable[P, R]:
+    """The method, with a TypeError that knows the right name for an argument that it does not have."""
+    known = [name for name in signature(method).parameters if name != "self"]
+
+    @wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if other := next((name for name in kwargs if name not in known), None):
+            raise TypeError(unknown("argument", other, known))
+        return method(*args, **kwargs)
+
+    return call
 
 
 def guidance_of(

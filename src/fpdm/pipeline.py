@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
-from inspect import signature
 from operator import index
 from pathlib import Path
 from typing import Any, ParamSpec, Self
@@ -17,7 +16,7 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from tqdm import tqdm
 
-from fpdm.arguments import guidance_of, labels_of, replacing, whole
+from fpdm.arguments import guidance_of, labels_of, named, replacing, whole
 from fpdm.files import model_folder
 from fpdm.fixedpoint import Picard, Solver, Status
 from fpdm.models import Output
@@ -25,8 +24,7 @@ from fpdm.models import Output
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
 from fpdm.models.dit import DiT
 from fpdm.models.fixed_point_dit import FixedPointDiT
-from fpdm.names import PLANNED, unknown
-from fpdm.request import Randomness, Request
+from fpdm.request import Randomness, Request, settled
 from fpdm.sampling import (
     Call,
     Plan,
@@ -45,6 +43,7 @@ from fpdm.sampling import (
     make_plan,
     nearest_plan,
     original,
+    plan_for,
     save_plans,
     solver_of,
 )
@@ -62,9 +61,6 @@ class FixedPointDiTPipelineOutput(BaseOutput):
     report: Report
 
 
-# What is done where a call leaves it open.
-USUAL: dict[str, Any] = dict.fromkeys(("budget", *PLANNED))
-USUAL |= {"allocation": "constant", "reuse": "plain", "solver": "picard"}
 Drawing = Generator[Call, Output, FixedPointDiTPipelineOutput]
 P = ParamSpec("P")
 
@@ -72,13 +68,9 @@ P = ParamSpec("P")
 def done(request: Callable[P, Request]) -> Callable[P, FixedPointDiTPipelineOutput]:
     """The method that draws what this one checks."""
 
-    known = signature(request).parameters
-
     @wraps(request)
     def call(*args: P.args, **kwargs: P.kwargs) -> FixedPointDiTPipelineOutput:
         pipe: Any = args[0]
-        if other := next((name for name in kwargs if name not in known), None):
-            raise TypeError(unknown("argument", other, [name for name in known if name != "self"]))
         return answered(pipe.drawing)(request(*args, **kwargs))  # type: ignore[no-any-return]
 
     return call
@@ -183,17 +175,10 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         return plan.choices(budget, cost_of(self.transformer))
 
     def _tuned_for(self, call: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The tuned plan as keyword arguments, for a call that says no more of its plan than the budget. None where
-        there is none, or the call says more, or has a budget that cannot be."""
-        said = call.get("pooled") or any(call.get(name) is not None for name in PLANNED)
-        if said or self._tuned_with != (original(self.transformer), self.scheduler):
-            return None
-        try:
-            budget = index(call.get("budget"))  # type: ignore[arg-type]
-        except TypeError:
-            return None
-        plan = nearest_plan(self.tuned_plans, budget, call.get("guidance_scale", 1.0)) if budget > 0 else None
-        return None if plan is None else plan.choices(budget, cost_of(self.transformer))
+        """The tuned plan that a call follows, as keyword arguments; None where it follows none."""
+        theirs = self._tuned_with == (original(self.transformer), self.scheduler)
+        plan = plan_for(self.tuned_plans if theirs else (), call)
+        return None if plan is None else plan.choices(index(call["budget"]), cost_of(self.transformer))
 
     @property
     def class_names(self) -> list[str]:
@@ -214,6 +199,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         """
         return labels_of(classes, num_images, self.transformer.config.num_classes, self.class_names)
 
+    @named
     def request(
         self,
         class_labels: int | str | Sequence[int | str] | None = None,
@@ -279,7 +265,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         for name in ("transformer", "scheduler"):
             if getattr(self, name) is None:
                 raise ValueError(f"this pipeline has no {name}: it was opened without one")
-        how: dict[str, Any] = {
+        said: dict[str, Any] = {
             "budget": budget,
             "num_inference_steps": num_inference_steps,
             "iterations": iterations,
@@ -289,8 +275,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             "scheduler": scheduler,
             "tolerance": tolerance,
         }
-        tuned = self._tuned_for({**how, "pooled": pooled, "guidance_scale": guidance_scale})
-        how = USUAL | ({name: value for name, value in how.items() if value is not None} if tuned is None else tuned)
+        tuned = self._tuned_for({**said, "pooled": pooled, "guidance_scale": guidance_scale})
+        how = settled(said, tuned)
         plan = make_plan(
             cost_of(self.transformer),
             calls=calls_of(self.scheduler, how["scheduler"]),
@@ -303,6 +289,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         count = (1 if num_images is None else whole("num_images", num_images)) if labels is None else len(labels)
         asked = Request(
             plan=plan,
+            tuned=tuned is not None,
             labels=labels,
             randomness=Randomness(generator, seed, listed(image_indices), count),
             scheduler=how["scheduler"],
@@ -415,7 +402,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     def _checked(self, call: Mapping[str, Any]) -> Request:
         """The request of a call among others, which are all solved by Picard's iteration, those of tuned plans too."""
         asked = self.request(**call)
-        asked = asked if self._tuned_for(call) is None else replace(asked, solver=Picard())
+        asked = replace(asked, solver=Picard()) if asked.tuned else asked
         check_shared(asked.solver)
         return asked
 

@@ -1,6 +1,6 @@
 """A call of the pipeline as an object: made of its arguments, checked, and not begun yet."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,18 @@ from torch import Tensor
 from fpdm.arguments import asked_of_solves, check_latents, whole
 from fpdm.fixedpoint import Solver
 from fpdm.models import DiT
-from fpdm.names import unknown
+from fpdm.names import PLANNED, unknown
 from fpdm.sampling import Guidance, Plan, Purse, Stepper, image_generators, original
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+# What is done where a call leaves it open.
+USUAL: dict[str, Any] = dict.fromkeys(("budget", *PLANNED))
+USUAL |= {"allocation": "constant", "reuse": "plain", "solver": "picard"}
+
+
+def settled(said: Mapping[str, Any], tuned: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The budget and all of a plan, by name: what a call says, or the tuned plan that it follows, and what is usual."""
+    return {**USUAL, **({name: value for name, value in said.items() if value is not None} if tuned is None else tuned)}
 
 
 @dataclass(frozen=True)
@@ -72,11 +80,13 @@ class Randomness:
 class Request:
     """A call of the pipeline, checked: see its arguments. Nothing random was drawn for it yet.
 
+    tuned       whether the plan, its scheduler, reuse and solver are those of a tuned plan
     labels      (B,) int64, or None
     handed      what callbacks are handed, by name
     """
 
     plan: Plan
+    tuned: bool
     labels: Tensor | None
     randomness: Randomness
     scheduler: str | None

@@ -11,7 +11,7 @@ from fpdm.cli.runs import ago
 from fpdm.training.listing import standings
 from fpdm.training.loop import Trainer
 from tests.commands import refusal, wait_for
-from tests.training.processes import command, start
+from tests.processes import command, start
 from tests.training.runs import interrupt_at, log_of, tiny
 
 

@@ -25,7 +25,7 @@ from fpdm.models.int8 import BACKEND
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.sampling import TunedPlan, save_plans
 from tests.commands import refusal, wait_for
-from tests.training.processes import Program
+from tests.processes import Program
 
 BUDGET = ["--budget", "40"]  # of "looped": 10 timesteps of 2 iterations
 NEW = ("solver", "tolerance", "pooled", "guidance_interval", "guidance_channels", "guidance_share")  # of a request

@@ -19,7 +19,7 @@ from fpdm.data import open_images
 from fpdm.experiments import sweep
 from tests.commands import contents, refusal, wait_for
 from tests.experiments.sweeps import grids_in, points_in, read_strictly, save_pipeline, times_of
-from tests.training.processes import Program
+from tests.processes import Program
 
 OPTIONS = [
     "--data", "digits", "--num-images", "50", "--batch-size", "20", "--budgets", "6,12",

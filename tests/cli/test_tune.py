@@ -13,7 +13,7 @@ from fpdm.experiments.sweep import all_points
 from fpdm.pipeline import FixedPointDiTPipeline
 from tests.commands import refusal, wait_for
 from tests.experiments.sweeps import points_in
-from tests.training.processes import Program
+from tests.processes import Program
 
 OPTIONS = ["--data", "digits", "--num-images", "50", "--batch-size", "50", "--device", "cpu", "--schedulers", "dpm++"]
 pytestmark = pytest.mark.usefixtures("cache")

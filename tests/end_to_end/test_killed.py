@@ -11,7 +11,7 @@ from fpdm.files import read_json
 from fpdm.training import checkpoints
 from fpdm.training.loop import Trainer
 from tests.commands import wait_for
-from tests.training.processes import Program, command, start
+from tests.processes import Program, command, start
 from tests.training.runs import log_of, tensors_of, tiny
 
 STEPS = 40

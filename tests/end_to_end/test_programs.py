@@ -8,7 +8,7 @@ import sys
 import torch
 
 from tests.commands import wait_for
-from tests.training.processes import done
+from tests.processes import done
 from tests.training.runs import log_of, tensors_of
 
 PYTHON = [sys.executable, "-m", "fpdm"]

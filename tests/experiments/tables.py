@@ -11,7 +11,7 @@ from fpdm.experiments.experiment import Experiment
 from fpdm.experiments.points import Axes
 from fpdm.experiments.table import Ground, Model, Table, Training
 from fpdm.training.loop import Trainer
-from tests.training.processes import Program
+from tests.processes import Program
 
 SIZES = {
     "hidden_size": 16, "num_heads": 2, "patch_size": 4, "batch_size": 8, "steps": 12, "warmup": 3, "log_every": 4,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fpdm.sampling import Cost, TunedPlan, add_plans, load_plans, nearest_plan
+from fpdm.sampling import Cost, TunedPlan, add_plans, load_plans, nearest_plan, plan_for
 
 SMALL = TunedPlan(
     40, (3, 2, 4, 3), "heun", "linear", "anderson:2", {"data": "digits", "images": 1000, "fd": [1.5, 1.7]}
@@ -84,3 +84,28 @@ def test_the_choices_of_a_plan_are_those_of_a_call():
     explicit = {"scheduler": "dpm++", "reuse": "plain", "solver": "picard"}
     assert EXPLICIT.choices(84, Cost(28, 0)) == explicit | {"num_inference_steps": 3, "budget": 84}
     assert EXPLICIT.choices(28, Cost(28, 0)) == explicit | {"budget": 28}
+
+
+@pytest.mark.parametrize(
+    ("call", "followed"),
+    [
+        ({"budget": 50}, SMALL),
+        ({"budget": 150, "class_labels": [1], "seed": 3, "iterations": None, "pooled": False}, LARGE),
+        ({"budget": 150, "iterations": 2}, None),
+        ({"budget": 150, "reuse": False}, None),
+        ({"budget": 150, "pooled": True}, None),
+        ({"budget": 150, "guidance_scale": 2.0}, None),
+        ({"budget": None}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_a_call_that_says_no_more_of_its_plan_than_a_budget_follows_the_nearest(call, followed):
+    assert plan_for([SMALL, LARGE], call) == followed
+    assert plan_for([], call) is None
+
+
+@pytest.mark.parametrize("budget", [0, -3, 1.5, "40"])
+def test_a_call_of_a_budget_that_cannot_be_is_refused(budget):
+    with pytest.raises(ValueError, match=r"budget is .*; it must be an integer of at least 1"):
+        plan_for([SMALL], {"budget": budget})

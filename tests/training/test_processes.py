@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.processes import together
+from tests.processes import together
 
 
 def crash(folder, times, by):

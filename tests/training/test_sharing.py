@@ -10,7 +10,7 @@ from fpdm.models import DiT, FixedPointDiT
 from fpdm.training.loop import Trainer
 from tests.commands import refusal
 from tests.networks import SIZES
-from tests.training.processes import command, together
+from tests.processes import command, together
 from tests.training.runs import log_of, tensors_of, tiny
 
 # Without clipping and with small steps, so that a difference in rounding stays one.

@@ -100,7 +100,7 @@ def listed(
     """What a budget buys: plans of different numbers of iterations, ramps of one of them, and the tuned plan that
     `fpdm sample` would take. And the solvers of those that have one of their own."""
     from fpdm.drawing import Choices
-    from fpdm.sampling import Plan, nearest_plan
+    from fpdm.sampling import Plan, plan_for
 
     budget = DEFAULT_BUDGET if options.budget is None else options.budget
     plans: dict[str, Plan] = {}
@@ -117,8 +117,8 @@ def listed(
             plans[allocation] = planned(options, pipe, budget=budget, num_steps=steps, allocation=allocation)
     else:  # an explicit network, or a budget that is too small, which is told
         plans[""] = planned(options, pipe, budget=budget)
-    own = () if pipe is None or options.scheduler else pipe.tuned_plans  # with a scheduler named, they are left out
-    tuned = nearest_plan(own, budget)
+    own = () if pipe is None else pipe.tuned_plans
+    tuned = plan_for(own, {"budget": budget, "scheduler": options.scheduler})
     if pipe is not None and tuned is not None:
         chosen = Choices(**pipe.tuned(budget))
         for_budget = "" if tuned.budget == budget else f" for {tuned.budget}"

@@ -129,7 +129,7 @@ def choices_of(options: argparse.Namespace, pipe: "FixedPointDiTPipeline") -> "C
     """How to draw: what the options say, and what they leave open from the tuned plan that is nearest to the budget, if
     the model has any and the options say nothing of a plan."""
     from fpdm.drawing import Choices
-    from fpdm.sampling import nearest_plan
+    from fpdm.sampling import plan_for
 
     given = {
         "num_inference_steps": options.steps,
@@ -153,9 +153,10 @@ def choices_of(options: argparse.Namespace, pipe: "FixedPointDiTPipeline") -> "C
     if not planned and not options.untuned and (kept := begun(Path(options.out), (options.budget, wanted))):
         return Choices(**kept, **rest)
     scale = rest.get("guidance_scale", 1.0)
-    tuned = nearest_plan(pipe.tuned_plans, wanted, scale)
-    if planned or options.pooled or options.untuned or tuned is None:
-        if pipe.tuned_plans and not options.untuned:
+    own = () if options.untuned else pipe.tuned_plans
+    tuned = plan_for(own, {"budget": wanted, **planned, **rest})
+    if tuned is None:
+        if own:
             flags = [f"--{name.replace('num_inference_', '')}" for name in planned] or ["--pooled"] * options.pooled
             why = " ".join(flags) or f"guidance scale {scale:g}"
             print(f"the model's tuned plans are left out, which are not for {why}")

@@ -23,7 +23,7 @@ from fpdm.sampling.schedulers import SCHEDULERS, Stepper, calls_of, trailing_tim
 from fpdm.sampling.solvers import SOLVERS, solver_of
 from fpdm.sampling.spending import Purse
 from fpdm.sampling.timing import Seconds, measure_seconds
-from fpdm.sampling.tuned import TunedPlan, add_plans, load_plans, nearest_plan, save_plans
+from fpdm.sampling.tuned import TunedPlan, add_plans, load_plans, nearest_plan, plan_for, save_plans
 
 __all__ = [
     "ALLOCATIONS",
@@ -63,6 +63,7 @@ __all__ = [
     "nearest_plan",
     "operations_of",
     "original",
+    "plan_for",
     "sample",
     "save_plans",
     "solver_of",

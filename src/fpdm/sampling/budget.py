@@ -100,7 +100,7 @@ def make_plan(
 
     Raises ValueError where the choices contradict each other or the budget is too small, naming the smallest possible.
     """
-    budget, num_steps = _whole("budget", budget), _whole("the number of timesteps", num_steps)
+    budget, num_steps = positive("budget", budget), positive("the number of timesteps", num_steps)
     allocation, iterations = listed(allocation), listed(iterations)
     if not isinstance(allocation, Sequence):
         raise ValueError(f"allocation is {allocation!r}; it must be a name, like 'linear:1', or a weight per timestep")
@@ -111,7 +111,7 @@ def make_plan(
         _refuse_allocation(allocation, "a list of iterations")
         return _listed_plan(cost, budget, num_steps, list(iterations), calls)
 
-    iterations = _whole("iterations", iterations)
+    iterations = positive("iterations", iterations)
     if num_steps is None:
         budget = asked = DEFAULT_BUDGET if budget is None else budget
         num_steps = fitting(_steps_for(cost, budget, iterations), calls)
@@ -190,7 +190,7 @@ def apportion(total: int, weights: Sequence[Fraction]) -> tuple[int, ...]:
     return tuple(shares)
 
 
-def _whole(name: str, value: Any) -> int | None:
+def positive(name: str, value: Any) -> int | None:
     """`value` as a Python integer of at least 1 (NumPy's are taken too), or None."""
     if value is None:
         return None
@@ -250,7 +250,7 @@ def _shaped(allocation: str, count: int) -> list[Fraction]:
 def _listed_plan(cost: Cost, budget: int | None, num_steps: int | None, iterations: list[int], calls: range) -> Plan:
     if not iterations:
         raise ValueError("iterations is an empty list: give one number per timestep")
-    iterations = [_whole("iterations", n) or 0 for n in iterations]
+    iterations = [positive("iterations", n) or 0 for n in iterations]
     if num_steps not in (None, len(iterations)):
         raise ValueError(f"{len(iterations)} iteration counts for {num_steps} timesteps: give one per timestep")
     check_calls(len(iterations), calls)

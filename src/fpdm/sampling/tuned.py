@@ -1,13 +1,14 @@
 """Plans that were found to draw the best images of a model at a budget, kept beside its weights in plans.json."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from fpdm.files import read_json, write_json
-from fpdm.sampling.budget import Cost
+from fpdm.names import PLANNED
+from fpdm.sampling.budget import Cost, positive
 from fpdm.sampling.reuse import check_reuse
 from fpdm.sampling.schedulers import SCHEDULERS
 from fpdm.sampling.solvers import solver_of
@@ -76,10 +77,21 @@ def nearest_plan(plans: Sequence[TunedPlan], budget: int, guidance_scale: float 
 
     Raises ValueError for a budget below 1.
     """
-    if budget < 1:
-        raise ValueError(f"budget is {budget}; it must be an integer of at least 1")
+    positive("budget", budget)
     fitting = [plan for plan in plans if plan.guidance_scale == guidance_scale]
     return min(fitting, key=lambda plan: (abs(math.log(plan.budget / budget)), plan.budget), default=None)
+
+
+def plan_for(plans: Sequence[TunedPlan], call: Mapping[str, Any]) -> TunedPlan | None:
+    """The tuned plan that a call of the pipeline follows, told by its keyword arguments: the one nearest to its budget,
+    where that is all that it says of a plan. None where it says more, names no budget, or there is none for its
+    guidance.
+
+    Raises ValueError for a budget that cannot be, as `make_plan` does.
+    """
+    said = call.get("pooled") or any(call.get(name) is not None for name in PLANNED)
+    budget = positive("budget", call.get("budget"))
+    return None if said or budget is None else nearest_plan(plans, budget, call.get("guidance_scale", 1.0))
 
 
 def load_plans(folder: Path) -> tuple[TunedPlan, ...]:

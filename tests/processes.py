@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-ROOT = str(Path(__file__).parents[2])
+ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:
     sys.path.append(ROOT)  # where the processes find what they are to call, however pytest was started
 CONTEXT = multiprocessing.get_context("forkserver")
