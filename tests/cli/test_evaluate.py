@@ -411,6 +411,16 @@ def test_samples_are_no_part_of_the_real_images(evaluated, folder, capsys):
     assert "near copies                   1" in capsys.readouterr().out
 
 
+def test_copies_are_looked_for_among_other_images(evaluated, folder, tmp_path, capsys):
+    assert evaluate(folder, "--copies-of", folder, "--out", tmp_path / "out") == 0
+    found = kept(tmp_path / "out")["evaluation"]
+    assert {row["name"]: row["value"] for row in found["measures"]}["near copies"] == 1
+    said = capsys.readouterr().out
+    assert f"of the images of {folder}" in said
+    assert "in the folder of the real images" in refused(capsys, folder, "--copies-of", folder.parent)
+    assert "in the folder of the real images" in refused(capsys, folder, "--copies-of", tmp_path, "--out", tmp_path)
+
+
 def test_a_result_does_not_take_the_place_of_another(evaluated, folder, tmp_path, capsys):
     assert evaluate(folder, "--out", "out") == 0
     before = kept(tmp_path / "out")

@@ -471,6 +471,35 @@ def test_the_test_split_is_seen_by_a_classifier_of_the_training_split(tmp_path, 
     assert any("among the test images only" in note for note in copies.notes)
 
 
+def test_copies_are_looked_for_among_the_images_to_train_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "MOST_STEPS", 20)
+    write_idx(tmp_path, "train", SHOWN)
+    write_idx(tmp_path, "t10k", OTHERS)
+    both = {"split": "test", "cache": tmp_path / "cache"}
+    plain = Instrument.open(str(tmp_path), 8, **both)
+    opened = Instrument.open(str(tmp_path), 8, copies_of=str(tmp_path), **both)
+    samples = samples_of(DIGITS.images[SHOWN][:100])
+    found, before = measured(opened, samples, tmp_path / "nearest.png"), measured(plain, samples)
+    assert found["near copies"].value == 1
+    assert found["nearest real image"].value == pytest.approx(0, abs=1e-3)
+    assert before["nearest real image"].value > 0.5 * found["nearest real image"].floor, "of other images"
+    upper, lower = shown(tmp_path / "nearest.png")
+    assert np.array_equal(upper, lower)
+    assert f"note: copies are looked for among {len(SHOWN)} of the images of {tmp_path}" in found.notes
+    assert not any("--copies-of" in note for note in found.notes)
+    others = [measure for measure in found.measures if measure.name not in ("near copies", "nearest real image")]
+    assert set(others) < set(before.measures), "all else is against the test images"
+    assert found.identity == before.identity
+
+
+def test_images_to_train_on_are_of_the_same_kind(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "colour.npz", noise)
+    with pytest.raises(ValueError, match=r"colour.npz are in colour, those of digits grey"):
+        Instrument.open("digits", 8, copies_of=str(tmp_path / "colour.npz"), cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists(), "before anything is computed"
+
+
 def test_real_images_that_cannot_be_read_are_noted(projected):
     instrument = projected(noise_source(120, broken={5, 70}))
     found = measured(instrument, Samples(noise_source(60, seed=1), 8))

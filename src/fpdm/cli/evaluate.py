@@ -30,12 +30,14 @@ NUM_IMAGES = 1000  # where the options say nothing
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL_OR_SAMPLES", help="a model, a folder of images, or an .npz file")
     parser.add_argument("--out", metavar="DIR", help="folder for the result, and for the samples of a model")
-    add_measuring_arguments(parser)
+    add_measuring_arguments(parser).add_argument(
+        "--copies-of", metavar="DATA", help="images that samples may be copies of: those trained on (the real images)"
+    )
     add_drawing_arguments(parser, NUM_IMAGES)
 
 
-def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
-    """What samples are measured against, and how."""
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> Any:
+    """What samples are measured against, and how: a group of options."""
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--data", required=True, metavar="DATA",
                            help="real images: a folder of images or of IDX files, an .npz file, or digits")  # fmt: skip
@@ -45,6 +47,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     measuring.add_argument("--weights", metavar="FILE", help="of that network (default: its own)")
     measuring.add_argument("--statistics", metavar="FILE",
                            help="of the real images, made if it is not there (default: one in the cache)")  # fmt: skip
+    return measuring
 
 
 def run(options: argparse.Namespace) -> int:
@@ -55,7 +58,8 @@ def run(options: argparse.Namespace) -> int:
     out = None if options.out is None else Path(options.out)
     if out is not None:
         check_writable(out)
-        refuse_inside(out, options.data)
+        for real in filter(None, (options.data, options.copies_of)):
+            refuse_inside(out, real)
     result = evaluate_samples(options, out) if is_samples(options.model) else evaluate_model(options, out)
     evaluation = result["evaluation"]
     print(evaluation)
@@ -111,8 +115,11 @@ def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str,
     drawn = (path / "request.json").is_file()  # of whose pictures only the numbered ones are samples
     if out is not None and not drawn and is_inside(out, path):
         raise ValueError(f"{out} is in the folder of the samples, which its pictures would join: choose another --out")
-    if path.is_dir() and path.resolve() != Path(options.data).resolve() and is_inside(path, Path(options.data)):
-        raise ValueError(f"{path} is in the folder of the real images, and counted as some of them: move it elsewhere")
+    for real in map(Path, filter(None, (options.data, options.copies_of))):
+        if path.is_dir() and path.resolve() != real.resolve() and is_inside(path, real):
+            raise ValueError(
+                f"{path} is in the folder of the real images, and counted as some of them: move it elsewhere"
+            )
     quiet_libraries()
     from fpdm.evaluation import open_samples
     from fpdm.machine import made_with
@@ -172,6 +179,7 @@ def open_instrument(options: argparse.Namespace, size: int, channels: int) -> "I
         features=options.features,
         weights=options.weights,
         statistics=options.statistics,
+        copies_of=options.copies_of,
         cache=cache_folder(),
         device=pick_device(options.device),
     )

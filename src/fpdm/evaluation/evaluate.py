@@ -1,7 +1,5 @@
 """The instrument: real images, a network to see them by, and what is measured of samples against them."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +8,9 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from fpdm.data import ArraySource, Source, central, image_of, open_images
+from fpdm.data import ArraySource, Source, open_images
 from fpdm.evaluation.extractors import Classifier, Extractor, make_extractor
 from fpdm.evaluation.metrics import (
     Frechet,
@@ -24,23 +21,19 @@ from fpdm.evaluation.metrics import (
     jackknife_error,
     kernel_distance,
     manifolds,
-    nearest,
     proportion_interval,
 )
-from fpdm.evaluation.reference import BATCH, Reference, features_of, identity_of, reference_for, spread
+from fpdm.evaluation.originals import Originals
+from fpdm.evaluation.reference import BATCH, Reference, features_of, reference_for, reference_in, spread
 from fpdm.evaluation.result import Evaluation, Measure
 from fpdm.evaluation.samples import LEAST, Samples
-from fpdm.files import check_writable, write_aside
-from fpdm.imaging import grid
+from fpdm.files import check_writable
 from fpdm.keyed import seed_of
 
 PAIRS = 10_000  # most images of either kind where all pairs are compared
-SAME = 1e-3  # of the usual distance: nearer to each other is the same image, its features rounded in other batches
-NEAR = 0.01  # of the real images are so near to another that a sample as near to one counts as a copy of it
 GROUPS = 25  # that the jackknife leaves out in turn: its error is then known to about 15%
 FLOORS = 4  # sets of real images that the floor is the mean of, where there are so many
 APART = 0.05  # of the samples may be of other classes than the data's proportions ask for
-SHOWN = 10  # pairs in the picture of nearest neighbours
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +45,7 @@ class Instrument:
     size: int
     extractor: Extractor
     reference: Reference
+    originals: Originals
     split: str = "train"
 
     @classmethod
@@ -65,6 +59,7 @@ class Instrument:
         features: str | None = None,
         weights: str | None = None,
         statistics: str | Path | None = None,
+        copies_of: str | None = None,
         cache: Path,
         device: str = "cpu",
         say: Callable[[str], None] = print,
@@ -76,11 +71,20 @@ class Instrument:
         features    name of an extractor; None takes the classifier for tiny grey images with classes, else
                     EfficientNet-Lite0
         statistics  file of the real images' statistics; None for one in `cache`
+        copies_of   images that samples may be copies of, such as those that a model was trained on, if the real images
+                    are others; see `open_images`
 
         Raises ValueError for what is unknown, missing, or does not fit together; ImportError for a missing package.
         """
         source = open_images(data, channels, split, size=size)
         check_count(len(source), data)
+        others = None if copies_of is None else open_images(copies_of, channels, size=size)
+        if others is not None and others.channels != source.channels:
+            kinds = {1: "grey", 3: "in colour"}
+            raise ValueError(
+                f"the images of {copies_of} are {kinds[others.channels]}, those of {data} {kinds[source.channels]}: "
+                "they cannot be seen in the same way"
+            )
         features = features or default_features(source, size)
         path = None if statistics is None else Path(statistics)
         if path is not None and not path.is_file():
@@ -88,12 +92,16 @@ class Instrument:
         learn = features == "classifier" and split != "train"
         learned_from = open_images(data, channels, size=size) if learn else source
         extractor = make_extractor(features, weights, device, learned_from, size, cache)
-        if remake := path is None:
-            identity = json.dumps(identity_of(source, size, extractor), sort_keys=True)
-            path = cache / f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
-        reference = reference_for(source, size, extractor, path, say, remake)
+        if path is None:
+            reference = reference_in(cache, source, size, extractor, say)
+        else:
+            reference = reference_for(source, size, extractor, path, say)
         check_count(len(source) - reference.broken, data)
-        return cls(data if split == "train" else f"{data} ({split})", source, size, extractor, reference, split)
+        name = data if split == "train" else f"{data} ({split})"
+        originals = Originals(name, source, reference)
+        if copies_of is not None and others is not None:
+            originals = Originals(copies_of, others, reference_in(cache, others, size, extractor, say))
+        return cls(name, source, size, extractor, reference, originals, split)
 
     def check(self, channels: int) -> None:
         """Raises ValueError if images of so many channels cannot be measured."""
@@ -119,10 +127,10 @@ class Instrument:
         measures = [self.frechet(x, strata), self.kernel(x, strata), *self.neighbourhoods(x)]
         if isinstance(self.extractor, Classifier) and labels is not None:
             measures.append(self.accuracy(x, np.array(labels)))
-        near, distances, numbers = self.nearest(x)
+        near, distances, numbers = self.originals.nearest(x)
         measures += near
         if picture is not None:
-            self.draw_nearest(samples, order, distances, numbers, picture)
+            self.originals.draw(samples, order, distances, numbers, picture)
         return Evaluation(
             samples=len(x),
             compared=self.compared(x),
@@ -157,8 +165,14 @@ class Instrument:
                 f"note: {len(x)} samples for {x.shape[1]} features: the distance is far above that of many samples, "
                 "and to be compared at this number only"
             )
-        if self.split != "train":
-            yield f"note: copies are looked for among the {self.split} images only, and not among those to train on"
+        if self.originals.reference is not self.reference:
+            among = min(len(self.originals.features), self.originals.reference.moments.count)
+            yield f"note: copies are looked for among {among:,} of the images of {self.originals.name}"
+        elif self.split != "train":
+            yield (
+                f"note: copies are looked for among the {self.split} images only, and not among those to train on "
+                "(--copies-of)"
+            )
         if self.reference.broken:
             yield f"note: {self.reference.broken} real images could not be read and were left out"
 
@@ -276,36 +290,6 @@ class Instrument:
         right = (named == labels).astype(np.float64)
         floor = self.extractor.accuracy
         return Measure("accuracy", float(right.mean()), *proportion_interval(right), floor, "higher")
-
-    def nearest(self, x: np.ndarray) -> tuple[list[Measure], np.ndarray, np.ndarray]:
-        """The median distance to the nearest real image, and the share of samples that are as near to one as the
-        nearest 1% of different real images are to another: copies raise the share, when they are few, and lower the
-        distance, when they are many. The floors are of real images. Distances (n,) and, for each sample, the number of
-        that image in the data set (n,)."""
-        a, b = self.reference.halves
-        y, numbers = np.concatenate(self.kept), np.array(a.numbers + b.numbers)
-        distances, places = nearest(x[:PAIRS], y)
-        own, _ = self.floor("nearest", 0, lambda: nearest(y[:PAIRS], y, skip_own=True))
-        value = float(np.median(distances))
-        low, high = bootstrap_interval(lambda d: float(np.median(d)), distances, rng_for("nearest"))
-        near = Measure("nearest real image", value, low, high, float(np.median(own)), "floor")
-        # Real images that are there twice are no reason to let copies pass.
-        apart = own[own > SAME * np.median(own)]
-        limit = np.quantile(apart, NEAR) if len(apart) else 0.0
-        copied, twins = ((values <= limit).astype(np.float64) for values in (distances, own))
-        copies = Measure(
-            "near copies", float(copied.mean()), *proportion_interval(copied), float(twins.mean()), "lower"
-        )
-        return [near, copies], distances, numbers[places]
-
-    def draw_nearest(
-        self, samples: Samples, order: list[int], distances: np.ndarray, numbers: np.ndarray, path: Path
-    ) -> None:
-        """A picture: the samples that are nearest to a real image, and below them those images."""
-        closest = np.argsort(distances)[:SHOWN]
-        upper = [image_of(samples.load(order[i], self.source.channels)) for i in closest]
-        lower: list[Image.Image] = [central(self.source.load(int(numbers[i]))[0], self.size) for i in closest]
-        write_aside(path, lambda aside: grid(upper + lower, columns=len(upper)).save(aside, format="PNG"))
 
 
 def check_count(count: int, data: str) -> None:

@@ -5,6 +5,7 @@ expected to fall below: the floor. Either half has the classes in the data's pro
 it, as samples have whose classes are taken in turn.
 """
 
+import hashlib
 import json
 import time
 from collections import Counter
@@ -163,6 +164,15 @@ def reference_for(
     check_writable(path.parent)
     with wait_for(path):
         return kept_at(path, identity, None) or made_at(path, identity, source, size, extractor, say)
+
+
+def reference_in(
+    cache: Path, source: Source, size: int, extractor: Extractor, say: Callable[[str], None] = print
+) -> Reference:
+    """The statistics of a data set, from the cache if they are there, else computed and kept there."""
+    identity = json.dumps(identity_of(source, size, extractor), sort_keys=True)
+    path = cache / f"statistics-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
+    return reference_for(source, size, extractor, path, say, remake=True)
 
 
 def kept_at(path: Path, identity: dict[str, Any], say: Callable[[str], None] | None) -> Reference | None:
