@@ -161,6 +161,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         save_plans(Path(save_directory), self.tuned_plans)  # first: what follows may upload the folder
         super().save_pretrained(save_directory, **kwargs)
 
+    @named
     def tuned(self, budget: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         """Keyword arguments of a call with the tuned plan nearest to a budget: `pipe(labels, **pipe.tuned(80))`.
 

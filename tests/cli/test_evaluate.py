@@ -406,19 +406,35 @@ def test_the_result_may_not_be_below_the_samples_either(folder, capsys):
 
 def test_samples_are_no_part_of_the_real_images(evaluated, folder, capsys):
     said = refusal(capsys, ["evaluate", str(folder), "--data", str(folder.parent)])
-    assert "is in the folder of the real images, and counted as some of them" in said
+    assert f"is in the folder of the real images, {folder.parent}, and counted as some of them" in said
     assert main(["evaluate", str(folder), "--data", str(folder), "--features", "efficientnet-lite0"]) == 0
     assert "near copies                   1" in capsys.readouterr().out
 
 
 def test_copies_are_looked_for_among_other_images(evaluated, folder, tmp_path, capsys):
-    assert evaluate(folder, "--copies-of", folder, "--out", tmp_path / "out") == 0
-    found = kept(tmp_path / "out")["evaluation"]
+    out = tmp_path / "out"
+    assert evaluate(folder, "--out", out) == 0
+    before = kept(out)["evaluation"]
+    assert before["originals"] is None
+    capsys.readouterr()
+    assert evaluate(folder, "--copies-of", folder, "--out", out) == 0
+    found = kept(out)["evaluation"]
     assert {row["name"]: row["value"] for row in found["measures"]}["near copies"] == 1
+    assert found["originals"]["name"] == str(folder)
+    assert found["originals"]["images"] == found["originals"]["searched"] == COUNT
+    assert {**found, **{name: before[name] for name in ("measures", "originals", "notes")}} == before
     said = capsys.readouterr().out
-    assert f"of the images of {folder}" in said
-    assert "in the folder of the real images" in refused(capsys, folder, "--copies-of", folder.parent)
-    assert "in the folder of the real images" in refused(capsys, folder, "--copies-of", tmp_path, "--out", tmp_path)
+    assert f"among {COUNT} of the {COUNT} images of {folder}" in said
+    assert "evaluation-classifier.json has copies of digits, and is replaced" in said
+
+
+def test_results_and_samples_are_no_part_of_the_images_trained_on(folder, tmp_path, capsys):
+    said = refused(capsys, folder, "--copies-of", folder.parent)
+    assert f"in the folder of the real images, {tmp_path}, and counted as some of them" in said
+    shutil.copytree(folder, "trained")
+    said = refused(capsys, folder, "--copies-of", "trained", "--out", "trained/out")
+    assert "trained/out is in the folder of the real images, trained, which it would join" in said
+    assert not Path("trained/out").exists()
 
 
 def test_a_result_does_not_take_the_place_of_another(evaluated, folder, tmp_path, capsys):

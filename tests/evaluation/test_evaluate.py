@@ -485,19 +485,65 @@ def test_copies_are_looked_for_among_the_images_to_train_on(tmp_path, monkeypatc
     assert before["nearest real image"].value > 0.5 * found["nearest real image"].floor, "of other images"
     upper, lower = shown(tmp_path / "nearest.png")
     assert np.array_equal(upper, lower)
-    assert f"note: copies are looked for among {len(SHOWN)} of the images of {tmp_path}" in found.notes
+    where = f"note: copies are looked for among {len(SHOWN):,} of the {len(SHOWN):,} images of {tmp_path}"
+    assert any(note.startswith(where) for note in found.notes)
+    assert found.originals == {
+        "name": str(tmp_path),
+        "fingerprint": open_images(str(tmp_path)).fingerprint,
+        "images": len(SHOWN),
+        "searched": len(SHOWN),
+        "broken": 0,
+    }
+    assert before.originals is None
     assert not any("--copies-of" in note for note in found.notes)
     others = [measure for measure in found.measures if measure.name not in ("near copies", "nearest real image")]
     assert set(others) < set(before.measures), "all else is against the test images"
     assert found.identity == before.identity
 
 
-def test_images_to_train_on_are_of_the_same_kind(tmp_path):
-    noise = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
-    np.savez(tmp_path / "colour.npz", noise)
-    with pytest.raises(ValueError, match=r"colour.npz are in colour, those of digits grey"):
-        Instrument.open("digits", 8, copies_of=str(tmp_path / "colour.npz"), cache=tmp_path / "cache")
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((60, 8, 8, 3), r"trained.npz are in colour, those of digits grey"), ((49, 8, 8), r"trained.npz has 49 images")],
+)
+def test_images_to_train_on_are_many_and_of_the_same_kind(shape, message, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    np.savez(tmp_path / "trained.npz", noise)
+    with pytest.raises(ValueError, match=message):
+        Instrument.open("digits", 8, copies_of=str(tmp_path / "trained.npz"), cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists(), "before anything is computed"
+
+
+def save_images(folder, images, broken=0):
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+    for number in range(broken):
+        (folder / f"{number:03d}.png").write_bytes(b"none")
+    return str(folder)
+
+
+def test_images_to_train_on_that_cannot_be_read_are_told_and_many_are_refused(tmp_path):
+    few = save_images(tmp_path / "few", DIGITS.images[:80], broken=10)
+    opened = Instrument.open("digits", 8, copies_of=few, cache=tmp_path / "cache")
+    found = measured(opened, samples_of(DIGITS.images[10:90]))
+    assert found.originals["broken"] == 10
+    assert found["near copies"].value == pytest.approx(70 / 80)
+    assert any(f"among 70 of the 80 images of {few}, of which 10 could not be read" in note for note in found.notes)
+    none = save_images(tmp_path / "none", DIGITS.images[:80], broken=40)
+    with pytest.raises(ValueError, match="none has 40 images that can be read"):
+        Instrument.open("digits", 8, copies_of=none, cache=tmp_path / "cache")
+
+
+def test_images_to_train_on_are_read_as_the_real_ones_are(tmp_path, monkeypatch):
+    """Grey samples, beside real images of an array in colour."""
+    monkeypatch.setitem(EXTRACTORS, "projection", lambda weights, device: Projection())
+    colours = np.random.default_rng(0).integers(0, 256, (120, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "held.npz", colours[:60])
+    trained = save_images(tmp_path / "trained", colours[60:])
+    held, cache = str(tmp_path / "held.npz"), tmp_path / "cache"
+    opened = Instrument.open(held, 8, channels=1, features="projection", copies_of=trained, cache=cache)
+    assert opened.source.channels == opened.originals.source.channels == 3
+    assert measured(opened, Samples(noise_source(60), 8)).originals["searched"] == 60
 
 
 def test_real_images_that_cannot_be_read_are_noted(projected):

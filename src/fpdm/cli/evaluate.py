@@ -20,7 +20,7 @@ from fpdm.cli.sample import add_drawing_arguments, check_counts, draw
 from fpdm.files import cache_folder, check_writable, is_inside, model_folder, read_json, write_json
 
 if TYPE_CHECKING:
-    from fpdm.evaluation import Instrument
+    from fpdm.evaluation import Evaluation, Instrument
 
 MODEL_FILES = ("model_index.json", "pipeline", "checkpoints")
 LEAST = 50  # samples to draw of a model
@@ -58,25 +58,42 @@ def run(options: argparse.Namespace) -> int:
     out = None if options.out is None else Path(options.out)
     if out is not None:
         check_writable(out)
-        for real in filter(None, (options.data, options.copies_of)):
+        for real in real_images(options):
             refuse_inside(out, real)
     result = evaluate_samples(options, out) if is_samples(options.model) else evaluate_model(options, out)
     evaluation = result["evaluation"]
     print(evaluation)
     if out is not None:
         path = result_in(out, result["features"])
-        before = kept_in(path).get("evaluation", {})
-        if before and before.get("identity") != evaluation.identity:
-            print(f"{path} was against {before.get('real', {}).get('name')}, and is replaced")
+        if other := compared_otherwise(kept_in(path).get("evaluation", {}), evaluation):
+            print(f"{path} {other}, and is replaced")
         write_json(path, {**result, "evaluation": evaluation.to_dict()})
         print(f"written: {path}, {picture_in(out, result['features'])}")
     return 0
 
 
+def compared_otherwise(before: dict[str, Any], evaluation: "Evaluation") -> str | None:
+    """What an evaluation that is there was compared with, where that was something else."""
+    if not before:
+        return None
+    if before.get("identity") != evaluation.identity:
+        return f"was against {before.get('real', {}).get('name')}"
+    if before.get("originals") != evaluation.originals:
+        return f"has copies of {(before.get('originals') or before.get('real', {})).get('name')}"
+    return None
+
+
+def real_images(options: argparse.Namespace) -> list[str]:
+    """All that samples are looked at beside."""
+    return [place for place in (options.data, options.copies_of) if place is not None]
+
+
 def refuse_inside(out: Path, data: str) -> None:
     """Raises ValueError for results in the folder of the real images."""
     if is_inside(out, Path(data)):
-        raise ValueError(f"{out} is in the folder of the real images, which it would join: choose another --out")
+        raise ValueError(
+            f"{out} is in the folder of the real images, {data}, which it would join: choose another --out"
+        )
 
 
 def refuse_other(out: Path, network: str, samples: str) -> None:
@@ -115,10 +132,10 @@ def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str,
     drawn = (path / "request.json").is_file()  # of whose pictures only the numbered ones are samples
     if out is not None and not drawn and is_inside(out, path):
         raise ValueError(f"{out} is in the folder of the samples, which its pictures would join: choose another --out")
-    for real in map(Path, filter(None, (options.data, options.copies_of))):
+    for real in map(Path, real_images(options)):
         if path.is_dir() and path.resolve() != real.resolve() and is_inside(path, real):
             raise ValueError(
-                f"{path} is in the folder of the real images, and counted as some of them: move it elsewhere"
+                f"{path} is in the folder of the real images, {real}, and counted as some of them: move it elsewhere"
             )
     quiet_libraries()
     from fpdm.evaluation import open_samples

@@ -24,7 +24,7 @@ from fpdm.evaluation.metrics import (
     proportion_interval,
 )
 from fpdm.evaluation.originals import Originals
-from fpdm.evaluation.reference import BATCH, Reference, features_of, reference_for, reference_in, spread
+from fpdm.evaluation.reference import BATCH, Reference, features_of, identity_of, reference_for, reference_in, spread
 from fpdm.evaluation.result import Evaluation, Measure
 from fpdm.evaluation.samples import LEAST, Samples
 from fpdm.files import check_writable
@@ -72,13 +72,12 @@ class Instrument:
                     EfficientNet-Lite0
         statistics  file of the real images' statistics; None for one in `cache`
         copies_of   images that samples may be copies of, such as those that a model was trained on, if the real images
-                    are others; see `open_images`
+                    are others; of data in parts, those to train on; see `open_images`
 
         Raises ValueError for what is unknown, missing, or does not fit together; ImportError for a missing package.
         """
-        source = open_images(data, channels, split, size=size)
-        check_count(len(source), data)
-        others = None if copies_of is None else open_images(copies_of, channels, size=size)
+        source = opened(data, channels, split, size)
+        others = None if copies_of is None else opened(copies_of, source.channels, "train", size)
         if others is not None and others.channels != source.channels:
             kinds = {1: "grey", 3: "in colour"}
             raise ValueError(
@@ -100,7 +99,10 @@ class Instrument:
         name = data if split == "train" else f"{data} ({split})"
         originals = Originals(name, source, reference)
         if copies_of is not None and others is not None:
-            originals = Originals(copies_of, others, reference_in(cache, others, size, extractor, say))
+            same = identity_of(others, size, extractor) == reference.identity
+            searched = reference if same else reference_in(cache, others, size, extractor, say)
+            check_count(len(others) - searched.broken, copies_of)
+            originals = Originals(copies_of, others, searched)
         return cls(name, source, size, extractor, reference, originals, split)
 
     def check(self, channels: int) -> None:
@@ -139,6 +141,7 @@ class Instrument:
             real={"name": self.name, "images": self.reference.moments.count, "broken": self.reference.broken},
             identity=self.reference.identity,
             measures=tuple(measures),
+            originals=None if self.originals.source is self.source else self.originals.to_dict(),
             notes=tuple(self.notes(x, labels, samples)),
         )
 
@@ -165,13 +168,12 @@ class Instrument:
                 f"note: {len(x)} samples for {x.shape[1]} features: the distance is far above that of many samples, "
                 "and to be compared at this number only"
             )
-        if self.originals.reference is not self.reference:
-            among = min(len(self.originals.features), self.originals.reference.moments.count)
-            yield f"note: copies are looked for among {among:,} of the images of {self.originals.name}"
+        if self.originals.source is not self.source:
+            yield self.originals.note
         elif self.split != "train":
             yield (
                 f"note: copies are looked for among the {self.split} images only, and not among those to train on "
-                "(--copies-of)"
+                "(`fpdm evaluate --copies-of`)"
             )
         if self.reference.broken:
             yield f"note: {self.reference.broken} real images could not be read and were left out"
@@ -290,6 +292,13 @@ class Instrument:
         right = (named == labels).astype(np.float64)
         floor = self.extractor.accuracy
         return Measure("accuracy", float(right.mean()), *proportion_interval(right), floor, "higher")
+
+
+def opened(data: str, channels: int, split: str, size: int) -> Source:
+    """A data set of which there are enough images, as far as can be told before they are read."""
+    source = open_images(data, channels, split, size=size)
+    check_count(len(source), data)
+    return source
 
 
 def check_count(count: int, data: str) -> None:

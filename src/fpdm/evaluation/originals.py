@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -30,7 +31,7 @@ class Originals:
     source: Source
     reference: Reference
 
-    @cached_property
+    @property
     def features(self) -> np.ndarray:
         """(K, D) float64."""
         return np.concatenate([half.kept for half in self.reference.halves]).astype(np.float64)
@@ -44,7 +45,19 @@ class Originals:
     @cached_property
     def apart(self) -> np.ndarray:
         """Distances of the first of them to the nearest other one."""
-        return nearest(self.features[:MOST], self.features, skip_own=True)[0]
+        features = self.features
+        return nearest(features[:MOST], features, skip_own=True)[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """What they are, for a result."""
+        counts = {"images": len(self.source), "searched": len(self.numbers), "broken": self.reference.broken}
+        return {"name": self.name, "fingerprint": self.source.fingerprint, **counts}
+
+    @property
+    def note(self) -> str:
+        broken = f", of which {self.reference.broken:,} could not be read" if self.reference.broken else ""
+        searched = f"{len(self.numbers):,} of the {len(self.source):,} images of {self.name}{broken}"
+        return f"note: copies are looked for among {searched}; the nearest are theirs, too"
 
     def nearest(self, x: np.ndarray) -> tuple[list[Measure], np.ndarray, np.ndarray]:
         """Of samples of features x (n, D), the median distance to the nearest of the images, and the share that is as

@@ -42,6 +42,8 @@ class Evaluation:
     identity  what settles the statistics of the real images
     measures  the numbers; the Frechet distance comes first
     notes     what a reader should know
+    originals other images that copies were looked for among, if any: name, number, how many of them were searched, how
+              many could not be read
     """
 
     samples: int
@@ -52,6 +54,7 @@ class Evaluation:
     identity: dict[str, Any]
     measures: tuple[Measure, ...]
     notes: tuple[str, ...] = ()
+    originals: dict[str, Any] | None = None
 
     def __getitem__(self, name: str) -> Measure:
         for measure in self.measures:
