@@ -42,8 +42,8 @@ class Evaluation:
     identity  what settles the statistics of the real images
     measures  the numbers; the Frechet distance comes first
     notes     what a reader should know
-    originals other images that copies were looked for among, if any: name, number, how many of them were searched, how
-              many could not be read
+    originals other images that copies were looked for among, if any: name, fingerprint, number, how many were searched,
+              how many could not be read
     """
 
     samples: int
