@@ -35,6 +35,21 @@ def test_images_stand_in_reading_order_on_white():
     assert (picture[:, ::5] == 255).all()
 
 
+def test_a_missing_image_leaves_its_place_white():
+    there = [flat(value, 4) for value in (10, 20, 30)]
+    picture = np.asarray(grid([None, there[0], None, there[1], there[2], None], columns=3, least=4, gap=0))
+    assert [set(cell.flat) for row in np.split(picture, 2) for cell in np.split(row, 3, axis=1)] == [
+        {255}, {10}, {255},
+        {20}, {30}, {255},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("images", [[], [None, None]])
+def test_nothing_makes_no_grid(images):
+    with pytest.raises(ValueError, match="no images"):
+        grid(images, 3)
+
+
 def test_pixels_are_not_blurred():
     pattern = np.array([[0, 255], [90, 10]], np.uint8)
     picture = grid([Image.fromarray(pattern)], 1, least=6, gap=0)

@@ -25,7 +25,7 @@ from fpdm import DiT, FixedPointDiT, FixedPointDiTPipeline
 from fpdm.diffusion import for_sampling, make_schedule
 from fpdm.fixedpoint import Anderson, Picard
 from fpdm.models.int8 import to_int8
-from fpdm.sampling import REUSE, SCHEDULERS, SOLVERS, TunedPlan, image_generators, initial_noise
+from fpdm.sampling import REUSE, SCHEDULERS, SOLVERS, TunedPlan, cost_of, image_generators, initial_noise
 from tests.networks import SIZES, randomised
 
 NAMES = ["cat", "dog", "owl"]
@@ -543,6 +543,20 @@ def test_tuned_plans_are_saved_and_opened_with_the_pipeline(tmp_path):
     assert make_pipeline().tuned_plans == ()  # not of the class
     again.set_progress_bar_config(disable=True)
     assert torch.equal(pixels(again, [0], seed=0, **again.tuned(12)), pixels(pipe, [0], seed=0, **pipe.tuned(12)))
+
+
+def test_a_plan_of_heun_fits_the_least_budgets_where_two_calls_are_the_fewest():
+    pipe = make_pipeline()
+    pipe.scheduler = make_schedule(beta_schedule="cosine")
+    pipe.tuned_plans = (TunedPlan(12, (4, 4), "heun", "plain", "picard", {}),)
+    cost = cost_of(pipe.transformer)
+    least = 2 * cost.passes(1)
+    for budget in range(least, 60):
+        plan = pipe.plan(budget=budget)
+        assert plan.num_steps % 2 == 0
+        assert budget - cost.per_iteration < sum(plan.passes) <= budget
+    with pytest.raises(ValueError, match=f"2 timesteps need at least {least}"):
+        pipe.plan(budget=least - 1)
 
 
 def test_a_pipeline_saved_over_another_does_not_take_its_plans_over(tmp_path):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +175,8 @@ def draw_missing(
         if processes.main:
             _collect(out)
             there = max({count - 1} | _drawn(out / REPORT)[0]) + 1  # earlier calls may have asked for more
-            files = (path for i in range(there) if (path := image_file(out, i)).is_file())
-            shown = [Image.open(path) for path in islice(files, GRID_IMAGES)]
+            files = [image_file(out, i) for i in range(min(there, GRID_IMAGES))]
+            shown = [Image.open(path) if path.is_file() else None for path in files]
             columns = min(10, len(classes or [])) or 10
             write_aside(out / "grid.png", partial(grid(shown, columns).save, format="PNG"))
         processes.wait()

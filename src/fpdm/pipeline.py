@@ -173,13 +173,16 @@ class FixedPointDiTPipeline(DiffusionPipeline):
                 f"this model has no plans tuned with guidance scale {guidance_scale:g}: make them with `fpdm tune`, or "
                 "give a plan"
             )
-        return plan.choices(budget, cost_of(self.transformer))
+        return self._choices(plan, budget)
+
+    def _choices(self, plan: TunedPlan, budget: int) -> dict[str, Any]:
+        return plan.choices(budget, cost_of(self.transformer), calls_of(self.scheduler, plan.scheduler))
 
     def _tuned_for(self, call: Mapping[str, Any]) -> dict[str, Any] | None:
         """The tuned plan that a call follows, as keyword arguments; None where it follows none."""
         theirs = self._tuned_with == (original(self.transformer), self.scheduler)
         plan = plan_for(self.tuned_plans if theirs else (), call)
-        return None if plan is None else plan.choices(index(call["budget"]), cost_of(self.transformer))
+        return None if plan is None else self._choices(plan, index(call["budget"]))
 
     @property
     def class_names(self) -> list[str]:

@@ -155,15 +155,20 @@ def test_a_pipeline_that_is_interrupted_leaves_no_image_half_drawn(models, tmp_p
     assert sorted(images_in(tmp_path / "out")) == ["000000.png", "000001.png"]
 
 
-def test_fewer_images_than_are_there_leave_all_of_them_in_the_grid(models, tmp_path, capsys):
+def test_fewer_images_than_are_there_leave_all_of_them_in_the_grid_in_their_places(models, tmp_path, capsys):
     drawn(models["looped"], tmp_path, *BUDGET, "--num-images", "5")
     before = (tmp_path / "grid.png").read_bytes()
     capsys.readouterr()
     assert drawn(models["looped"], tmp_path, *BUDGET, "--num-images", "2")[2]["images"] == 5
     assert f"5 images in {tmp_path}" in capsys.readouterr().out
     assert (tmp_path / "grid.png").read_bytes() == before
-    (tmp_path / "000004.png").unlink()
+    (tmp_path / "000003.png").unlink()
     drawn(models["looped"], tmp_path, *BUDGET, "--num-images", "2")
+    expected = np.array(Image.open(io.BytesIO(before)))
+    fourth = (slice(None), slice(3 * expected.shape[1] // 5, 4 * expected.shape[1] // 5))
+    assert (expected[fourth] < 255).any()
+    expected[fourth] = 255
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "grid.png")), expected)
 
 
 def test_a_compiled_network_draws_the_same(models, plain, tmp_path, monkeypatch):

@@ -81,6 +81,7 @@ def test_the_choices_of_a_plan_are_those_of_a_call():
     assert whole.choices(20, cost) == common | {"iterations": [3, 2, 4, 3], "budget": 20}
     assert SMALL.choices(80, cost) == common | {"iterations": 3, "budget": 80}
     assert SMALL.choices(4, cost) == common | {"iterations": 2, "budget": 4}  # as many as fit one timestep
+    assert SMALL.choices(7, cost, range(2, 99, 2)) == common | {"iterations": 1, "budget": 7}  # or the fewest there are
     explicit = {"scheduler": "dpm++", "reuse": "plain", "solver": "picard"}
     assert EXPLICIT.choices(84, Cost(28, 0)) == explicit | {"num_inference_steps": 3, "budget": 84}
     assert EXPLICIT.choices(28, Cost(28, 0)) == explicit | {"budget": 28}

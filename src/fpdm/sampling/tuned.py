@@ -8,7 +8,7 @@ from typing import Any
 
 from fpdm.files import read_json, write_json
 from fpdm.names import PLANNED
-from fpdm.sampling.budget import Cost, positive
+from fpdm.sampling.budget import EVERY_CALL, Cost, positive
 from fpdm.sampling.reuse import check_reuse
 from fpdm.sampling.schedulers import SCHEDULERS
 from fpdm.sampling.solvers import solver_of
@@ -37,9 +37,10 @@ class TunedPlan:
     found: dict[str, Any]
     guidance_scale: float = 1.0
 
-    def choices(self, budget: int, cost: Cost) -> dict[str, Any]:
+    def choices(self, budget: int, cost: Cost, calls: range = EVERY_CALL) -> dict[str, Any]:
         """Keyword arguments of the pipeline's call: this plan at its own budget, or its like at another one, with more
-        or fewer timesteps of as many iterations on average, as far as they fit. `cost` is that of a call."""
+        or fewer timesteps of as many iterations on average, as far as they fit. `cost` is that of a call of the
+        network, and `calls` how many of them its scheduler may make."""
         chosen = {"scheduler": self.scheduler, "reuse": self.reuse, "solver": self.solver}
         known = [n for n in self.iterations if n is not None]
         if budget == self.budget:
@@ -48,7 +49,7 @@ class TunedPlan:
             return chosen | own | ({"budget": budget} if 0 <= left < (cost.per_iteration or cost.fixed) else {})
         if not known:
             return chosen | {"budget": budget}
-        most = (budget - cost.fixed) // cost.per_iteration
+        most = (budget // calls.start - cost.fixed) // cost.per_iteration
         return chosen | {"budget": budget, "iterations": max(1, min(most, round(sum(known) / len(known))))}
 
     @classmethod
