@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from tests.commands import wait_for
@@ -23,12 +24,13 @@ def train(folder, *more):
     return [*TRAIN, "--runs-dir", str(folder), *more]
 
 
-def test_an_interrupt_saves_and_the_same_command_goes_on(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
     log = tmp_path / "a/digits/log.jsonl"
     words = train(tmp_path / "a", "--steps", "100000")
     process = subprocess.Popen([*PYTHON, *words], stdout=subprocess.PIPE, text=True)
     wait_for(lambda: log.is_file() and log.read_text().count("\n") >= 3)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "The same command goes on" in said
