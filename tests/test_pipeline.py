@@ -522,6 +522,18 @@ def test_samples_are_decoded_as_a_call_does(pipe, output_type):
     assert np.array_equal(np.stack([np.asarray(a) for a in decoded]), np.stack([np.asarray(b) for b in called]))
 
 
+def test_more_than_ten_classes_keep_their_numbers_through_files(tmp_path):
+    """Which diffusers writes with their keys in the order of text: 0, 1, 10, 11, 2."""
+    names = [f"class {letter}" for letter in "abcdefghijkl"]
+    pipe = make_pipeline(class_names=names, num_classes=12)
+    for folder in (tmp_path / "once", tmp_path / "twice"):
+        pipe.save_pretrained(folder)
+        pipe = FixedPointDiTPipeline.from_pretrained(folder)
+        assert pipe.class_names == names
+        assert pipe.labels(["class c", "class k"], None).tolist() == [2, 10]
+    assert FixedPointDiTPipeline.from_pipe(pipe).class_names == names
+
+
 # Tuned plans
 
 

@@ -61,6 +61,11 @@ class FixedPointDiTPipelineOutput(BaseOutput):
     report: Report
 
 
+def in_order(names: Mapping[str, str]) -> list[str]:
+    """Names by their numbers, in the order of these. A folder's index has them in the order of text: 0, 1, 10, 2."""
+    return [names[number] for number in sorted(names, key=int)]
+
+
 Drawing = Generator[Call, Output, FixedPointDiTPipelineOutput]
 P = ParamSpec("P")
 
@@ -104,7 +109,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
-        names = list(class_names.values() if isinstance(class_names, Mapping) else class_names or [])
+        names = in_order(class_names) if isinstance(class_names, Mapping) else list(class_names or [])
         # Any of diffusers' pipelines can be opened with a component left out.
         if names and transformer is not None and len(names) != transformer.config.num_classes:
             raise ValueError(f"there are {len(names)} class_names for {transformer.config.num_classes} classes")
@@ -187,7 +192,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     @property
     def class_names(self) -> list[str]:
         """The names of the classes, in the order of their numbers; none if they have no names."""
-        return list((self.config.class_names or {}).values())
+        return in_order(self.config.class_names or {})
 
     def plan(self, **call: Any) -> Plan:
         """The plan that `pipe(**call)` would follow, before anything runs. Raises ValueError as that would; but classes

@@ -163,6 +163,13 @@ def test_labels_that_are_no_whole_numbers_are_not_and_it_is_told_what_makes_them
     assert (len(encoded.class_names), encoded.load(2)[1]) == (3, 2)
 
 
+def test_several_classes_of_an_image_are_none_which_is_told(tmp_path):
+    several = data().remove_columns("label").add_column("label", [[0, 1]] * 6)
+    rows = several.cast_column("label", datasets.Sequence(datasets.ClassLabel(names=CLASSES)))
+    with pytest.warns(UserWarning, match="column label is of List, and taken for no classes: an image has one class"):
+        assert hub_images(saved(tmp_path / "a", rows)).class_names == []
+
+
 def test_class_labels_go_before_numbers(tmp_path):
     rows = data().rename_column("label", "kind").add_column("label", [5] * 6)
     assert hub_images(saved(tmp_path / "a", rows)).class_names == CLASSES

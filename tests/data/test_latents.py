@@ -381,6 +381,15 @@ def test_a_flipped_byte_is_noticed_and_its_shard_named(vae, images, made, copy):
     assert LatentFolder(copy).fingerprint == LatentFolder(made).fingerprint
 
 
+def test_a_cache_that_cannot_be_written_to_hides_no_damage(copy, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FPDM_CACHE", str(tmp_path / "file/cache"))
+    assert len(LatentFolder(copy)) > 0
+    flip_a_byte(copy / "latents-00001.safetensors")
+    with pytest.raises(ValueError, match=r"latents-00001\.safetensors is damaged"):
+        LatentFolder(copy)
+
+
 @pytest.mark.parametrize(
     "gone",
     [("latents.json",), ("*.sha256",), (), ("*1.sha256", "latents.json")],

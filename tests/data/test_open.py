@@ -2,6 +2,8 @@
 
 import io
 import multiprocessing
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,6 +64,14 @@ def test_what_a_place_holds_is_seen_or_told(places, kind):
     assert type(seen) is type(told) is CLASSES[kind]
     assert seen.fingerprint == told.fingerprint
     assert len(seen) == len(seen.labels) == sum(seen.chunks)
+
+
+def test_folders_beside_tar_files_are_no_classes_unless_they_hold_images(places):
+    Path("shards/latents").mkdir()
+    Path("shards/latents/index.json").write_text("{}")
+    assert kind_of("shards") == "shards"
+    shutil.copytree("folder", "shards/images")
+    assert kind_of("shards") == "folder"
 
 
 @pytest.mark.parametrize("kind", ["folder", "npz", "datasets", "shards"])

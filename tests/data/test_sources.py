@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, features
+from PIL.PngImagePlugin import PngInfo
 
 from fpdm.data import ArraySource, BrokenImage, ImageFolder, digits, idx_folder, read_image
 from fpdm.data.arrays import read_idx
@@ -342,6 +343,13 @@ def test_a_broken_file_is_named(tmp_path, spoil):
     spoil(tmp_path / "cat" / "bad.png")
     with pytest.raises(BrokenImage, match=r"^cat/bad\.png: ."):
         source.load(0)
+
+
+def test_a_long_text_in_an_image_is_no_damage(tmp_path):
+    text = PngInfo()
+    text.add_text("workflow", "node " * 400_000, zip=True)
+    Image.new("L", (8, 8), 7).save(tmp_path / "a.png", pnginfo=text)
+    assert read_image(tmp_path / "a.png", "a").getpixel((0, 0)) == 7
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "webp", "png"])

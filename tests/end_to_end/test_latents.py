@@ -185,7 +185,8 @@ def test_a_model_undoes_the_scale_and_shift_that_it_was_trained_with(changed, la
     ("recipe", "message"),
     [
         ("imagenet256", "has 2 classes, and this recipe is for 1000"),
-        ("ffhq256", "has 2 classes, and this recipe is for 0"),
+        ("ffhq256", "has 2 classes, and this recipe is for 0: --no-conditional learns all as one"),
+        ("ffhq256 --no-conditional", "image_size is 32, and the latents in"),
         ("imagenet256 --classes 2", "image_size is 32, and the latents in"),
         ("images --channels 4 --image-size 16", "image_size is 16, and the latents in"),
     ],

@@ -215,6 +215,28 @@ def test_rolling_back_goes_on_from_the_checkpoint_at_half_the_rate(tmp_path, mon
     assert rates == [(10, 5e-4), (11, 5e-4)]
 
 
+def test_a_kill_after_a_rollback_goes_on_from_there(tmp_path, monkeypatch):
+    spoiled = {6, 7, 8, 9}
+    spoil(monkeypatch, lambda step: step in spoiled)
+    config = tiny(skips=4, checkpoint_every=1, on_divergence="rollback", lr_schedule="constant", warmup=0, lr=1e-3)
+    one_step = Trainer._one_step
+
+    def killed(self, batches):
+        if self.rollbacks:
+            raise KeyError("killed")
+        one_step(self, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", killed)
+        with pytest.raises(KeyError):
+            Trainer(config, tmp_path / "run").run()
+    spoiled.clear()
+    rates = rates_at(monkeypatch)
+    assert Trainer(config, tmp_path / "run").run() == "finished"
+    assert rates == [(step, 5e-4) for step in range(6, 10)]
+    assert [line["rollback"] for line in log_of(tmp_path / "run") if "rollback" in line] == [1]
+
+
 def test_rolling_back_gives_up_after_three_times(tmp_path, monkeypatch):
     spoil(monkeypatch, lambda step: step >= 6)
     rates = rates_at(monkeypatch)

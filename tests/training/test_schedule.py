@@ -19,14 +19,18 @@ def stopped(tmp_path, monkeypatch):
     return tmp_path / "run"
 
 
-def test_a_cosine_whose_length_changes_is_told_of_once(stopped):
+def test_a_cosine_whose_length_changes_is_told_of_until_it_is_trained_so(stopped, monkeypatch):
     longer = tiny(**COSINE, steps=16)
     trainer = Trainer(longer, stopped)
     (note,) = trainer.summary().splitlines()[2:]
     assert note.startswith("note: --steps was 10, is 16")
     was, now = learning_rate(tiny(**COSINE), 8), learning_rate(longer, 8)
     assert note.endswith(f"at step 8 it goes from {was:.3g} to {now:.3g}")
-    assert len(Trainer(longer, stopped).summary().splitlines()) == 2
+    again = Trainer(longer, stopped)
+    assert again.notes == trainer.notes
+    interrupt_at(monkeypatch, 12)
+    again.run()
+    assert Trainer(longer, stopped).notes == []
 
 
 def test_a_cosine_that_is_over_is_not_prolonged(stopped):
@@ -38,6 +42,15 @@ def test_a_cosine_that_is_over_is_not_prolonged(stopped):
     assert (stopped / "config.json").read_text() == before, "the same command still goes on"
     assert Trainer(tiny(**COSINE), stopped).run() == "already finished"
     assert Trainer(tiny(**COSINE, steps=5), stopped).run() == "already finished"
+
+
+def test_a_start_that_has_nothing_to_do_leaves_the_cosine_as_it_was_trained(stopped):
+    assert Trainer(tiny(**COSINE, steps=8), stopped).run() == "already finished"
+    assert Trainer(tiny(**COSINE), stopped).notes == []  # of 10 steps, which it is in the middle of
+    assert Trainer(tiny(**COSINE), stopped).run() == "finished"
+    assert Trainer(tiny(**COSINE, steps=5), stopped).run() == "already finished"
+    with pytest.raises(ValueError, match="all 10 steps are done, and the learning rate came down to 0"):
+        Trainer(tiny(**COSINE, steps=12), stopped)
 
 
 def test_a_run_that_never_saved_may_be_of_any_length(tmp_path):

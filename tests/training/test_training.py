@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fpdm.names import needs
 from fpdm.pipeline import FixedPointDiTPipeline
+from fpdm.training import checkpoints
 from fpdm.training.adopt import fields_of
 from fpdm.training.draws import draw
 from fpdm.training.ema import Ema
@@ -189,12 +190,60 @@ def test_fine_tuning_takes_network_and_weights_and_starts_new_classes_anew(tmp_p
     assert (adopted["injection"], adopted["input_skip"]) == ("gate", False)
 
     data = images_folder(tmp_path / "b", classes=("x", "y", "z"))
-    second = Trainer(folder_config(data, init_from=folder, lr=0.5, injection="gate"), tmp_path / "second")
+    with pytest.warns(UserWarning, match="what it learnt of them is left out"):
+        second = Trainer(folder_config(data, init_from=folder, lr=0.5, injection="gate"), tmp_path / "second")
     old, new = dict(first.ema.model.named_parameters()), dict(second.net.named_parameters())
     assert new["label_embed.weight"].shape[0] == 4
     for name in old:
         if name != "label_embed.weight":
             assert torch.equal(old[name], new[name]), name
+
+
+@pytest.mark.parametrize(
+    ("named", "classes", "kept"),
+    [
+        (True, "abcdefghijkl", True),
+        (False, "abcdefghijkl", True),
+        (True, "abcdefghijkm", False),
+        (False, "abc", False),
+    ],
+)
+def test_fine_tuning_keeps_what_was_learnt_of_the_same_classes_and_tells_where_it_does_not(
+    named, classes, kept, tmp_path, recwarn
+):
+    first = Trainer(folder_config(images_folder(tmp_path / "a", classes="abcdefghijkl")), tmp_path / "first")
+    first.run()
+    folder = tmp_path / "first/pipeline"
+    if not named:
+        pipe = FixedPointDiTPipeline.from_pretrained(folder)
+        FixedPointDiTPipeline(pipe.transformer, pipe.scheduler).save_pretrained(folder)
+    again = folder_config(images_folder(tmp_path / "b", classes=classes), init_from=str(folder), seed=1)
+    second = Trainer(again, tmp_path / "second")
+    old, new = (model.label_embed.weight for model in (first.ema.model, second.net))
+    assert (old.shape == new.shape and torch.equal(old, new)) == kept
+    told = [str(warning.message) for warning in recwarn if "what it learnt of them" in str(warning.message)]
+    assert len(told) == (0 if kept else 1)
+
+
+def test_a_grid_that_memory_does_not_suffice_for_is_left_out_and_the_checkpoint_is_there(tmp_path, monkeypatch, capsys):
+    def decode(self, *given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FixedPointDiTPipeline, "decode", decode)
+    config = tiny(sample_every=5, checkpoint_every=5)
+    assert Trainer(config, tmp_path / "run").run() == "finished"
+    assert "at step 5, there is not enough memory for a grid of samples" in capsys.readouterr().out
+    assert not list((tmp_path / "run/samples").iterdir())
+
+
+def test_a_step_is_saved_before_its_grid_is_drawn(tmp_path, monkeypatch):
+    def decode(self, *given):
+        raise KeyError("a failure of another kind")
+
+    monkeypatch.setattr(FixedPointDiTPipeline, "decode", decode)
+    with pytest.raises(KeyError):
+        Trainer(tiny(sample_every=5, checkpoint_every=5), tmp_path / "run").run()
+    assert checkpoints.all_steps(tmp_path / "run/checkpoints") == [5]
 
 
 def test_fine_tuning_another_network_is_refused_by_name(tmp_path):

@@ -114,12 +114,12 @@ def _labels(data: Any) -> tuple[np.ndarray, list[str]]:
         whole = [name for name in LABELS if isinstance(features.get(name), Value) and "int" in features[name].dtype]
         column = next(iter(whole), None)
     if column is None:
-        if others := [name for name in LABELS if isinstance(data.features.get(name), Value)]:
-            kind, encoded = data.features[others[0]].dtype, f"data.class_encode_column({others[0]!r})"
-            warnings.warn(
-                f"column {others[0]} is of {kind}, and taken for no classes: if it names them, save {encoded} first",
-                stacklevel=4,
-            )
+        if others := [name for name in LABELS if name in data.features]:
+            feature, encoded = data.features[others[0]], f"data.class_encode_column({others[0]!r})"
+            kind, todo = type(feature).__name__, "an image has one class here: make a column of one first"
+            if isinstance(feature, Value):
+                kind, todo = feature.dtype, f"if it names them, save {encoded} first"
+            warnings.warn(f"column {others[0]} is of {kind}, and taken for no classes: {todo}", stacklevel=4)
         return np.zeros(len(data), np.int64), []
     values = data.with_format("arrow").select_columns([column])[:][column]
     if values.null_count:

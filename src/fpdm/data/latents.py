@@ -8,6 +8,7 @@ posterior, so that training draws from it anew each time.
 """
 
 import hashlib
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,22 +127,30 @@ class LatentFolder:
         """
         key = hashlib.sha256(f"{self.root.resolve()} {self.fingerprint}".encode()).hexdigest()[:16]
         record = cache_folder() / f"verified-{key}.json"
-        with wait_for(record):  # one process does it for all
+        with ExitStack() as stack:
+            with suppress(OSError):  # of a cache that cannot be written to: each process compares for itself
+                stack.enter_context(wait_for(record))  # one process does it for all
             known = read_json(record) if record.is_file() else {}
-            found = {}
-            for shard in tqdm(self.shards, "comparing latents with their checksums", leave=False, delay=2):
-                path = self.root / shard["file"]
-                if not path.is_file():
-                    raise ValueError(f"{path} is missing: run the same `fpdm latents` again")
-                stat = path.stat()
-                found[path.name] = [stat.st_size, stat.st_mtime_ns]
-                if known.get(path.name) != found[path.name] and checksum(path) != shard["sha256"]:
-                    raise ValueError(
-                        f"{path} is damaged: it is not what was written. Run the same `fpdm latents` again, which "
-                        "encodes it anew"
-                    )
+            found = self._compared(known)
             if found != known:
-                write_json(record, found)
+                with suppress(OSError):
+                    write_json(record, found)
+
+    def _compared(self, known: dict[str, Any]) -> dict[str, Any]:
+        """Size and time of each shard, by name. Those that are `known` by these are not read. Raises ValueError."""
+        found = {}
+        for shard in tqdm(self.shards, "comparing latents with their checksums", leave=False, delay=2):
+            path = self.root / shard["file"]
+            if not path.is_file():
+                raise ValueError(f"{path} is missing: run the same `fpdm latents` again")
+            stat = path.stat()
+            found[path.name] = [stat.st_size, stat.st_mtime_ns]
+            if known.get(path.name) != found[path.name] and checksum(path) != shard["sha256"]:
+                raise ValueError(
+                    f"{path} is damaged: it is not what was written. Run the same `fpdm latents` again, which encodes "
+                    "it anew"
+                )
+        return found
 
     def _shard(self, place: int) -> Any:
         """A shard, opened at its first use. Raises BrokenImage if that cannot be."""

@@ -7,7 +7,7 @@ from fpdm.data.arrays import SPLITS, digits, holds_idx, idx_folder, npz_file
 from fpdm.data.hub import hub_images
 from fpdm.data.latents import holds_latents
 from fpdm.data.shards import COMPRESSED, URLS, Shards, tars_in
-from fpdm.data.sources import EXTENSIONS, ImageFolder, Source
+from fpdm.data.sources import ImageFolder, Source, holds_images
 from fpdm.names import unknown
 
 KINDS = {
@@ -87,10 +87,7 @@ def _kind_of_folder(folder: Path) -> str:
         return "idx"
     if any((folder / name).is_file() for name in SAVED):
         return "datasets"
-    others = (path for path in folder.iterdir() if not path.name.startswith("."))
-    if tars_in(folder) and not any(path.is_dir() or path.suffix.lower() in EXTENSIONS for path in others):
-        return "shards"
-    return "folder"
+    return "shards" if tars_in(folder) and not holds_images(folder) else "folder"
 
 
 def check_split(place: str, split: str, kind: str | None) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 # Of single pictures. What else Pillow opens are documents, films, icons, textures and measurements.
 FORMATS = {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "QOI", "TIFF", "WEBP"}
@@ -30,6 +30,8 @@ def extensions() -> tuple[str, ...]:
 
 
 EXTENSIONS = extensions()
+# Tools that draw write all that they were asked into their images, which Pillow refuses from a megabyte.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY)
 BY_NAME = f"Files are taken for images by their names ({', '.join(EXTENSIONS)}): convert others to one of these"
 
 
@@ -78,7 +80,7 @@ class ImageFolder:
         if not self.root.is_dir():
             raise ValueError(f"{self.root} is not a folder")
         files = _files(self.root)
-        found = sorted(name for name in files if name.lower().endswith(EXTENSIONS))
+        found = sorted(name for name in files if is_image(name))
         folders = _folders(found)
         loose = [name for name in found if "/" not in name]
         if not found:
@@ -200,6 +202,15 @@ def opaque(image: Image.Image) -> Image.Image:
 def _folders(names: list[str]) -> list[str]:
     """The first folders of paths, in order, each once."""
     return sorted({name.split("/")[0] for name in names if "/" in name})
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def holds_images(root: Path) -> bool:
+    """Whether there are image files in a folder, at any depth."""
+    return any(is_image(name) for name in _files(root))
 
 
 def _files(root: Path) -> list[str]:

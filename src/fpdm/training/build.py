@@ -1,5 +1,6 @@
 """From a config to the objects of a run. Everything that can be refused is refused here, before the first step."""
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,11 @@ def open_source(config: DataConfig) -> Source:
         if latents
         else open_images(place, config.channels, kind=config.source, size=config.image_size)
     )
-    if config.classes is not None and len(source.class_names) != config.classes:
-        raise ValueError(f"{place} has {len(source.class_names)} classes, and this recipe is for {config.classes}")
+    if config.classes is not None and config.conditional and len(source.class_names) != config.classes:
+        without = "" if config.classes else ": --no-conditional learns all as one"
+        raise ValueError(
+            f"{place} has {len(source.class_names)} classes, and this recipe is for {config.classes}{without}"
+        )
     for index in range(min(FIRST_LOOK, len(source))):
         try:
             source.load(index)
@@ -248,7 +252,8 @@ def matches(value: str, wanted: str) -> bool:
 
 
 def load_pretrained(model: Denoiser, folder: str, source: Source, vae: AutoencoderKL | None) -> None:
-    """Copy the weights of a model folder into `model`. Where the classes are others, labels start anew.
+    """Copy the weights of a model folder into `model`. Where the classes are others, labels start anew, with a warning;
+    classes without names are taken for the same if they are as many.
 
     Raises ValueError if the networks differ in anything else, naming the settings, or the autoencoders do.
     """
@@ -268,6 +273,13 @@ def load_pretrained(model: Denoiser, folder: str, source: Source, vae: Autoencod
                      if old.config.get(key) != model.config.get(key)]:  # fmt: skip
         raise ValueError(f"the network in {folder} has {'; '.join(different)}: set these to what it has")
     weights = old.state_dict()
-    if pipeline.class_names != (source.class_names if model.config.num_classes else []):
+    names = source.class_names if model.config.num_classes else []
+    as_many = old.config.num_classes == model.config.num_classes
+    if not as_many or pipeline.class_names not in ([], names):
         weights["label_embed.weight"] = model.label_embed.weight.detach()
+        if old.config.num_classes and model.config.num_classes:
+            warnings.warn(
+                f"the classes of the model in {folder} are not those of the data: what it learnt of them is left out",
+                stacklevel=2,
+            )
     model.load_state_dict(weights)

@@ -117,6 +117,15 @@ def sound(folder: Path) -> list[int]:
     return list(filter(is_sound, all_steps(folder)))
 
 
+def planned_steps(folder: Path, step: int) -> int | None:
+    """How many steps the run was to have, and its learning rate to come down in, that wrote the checkpoint of `step`.
+    None where that is damaged, or of an earlier version."""
+    try:
+        return read_json(folder / NAME.format(step) / "state.json").get("steps")  # type: ignore[no-any-return]
+    except (OSError, ValueError):
+        return None
+
+
 def read(folder: Path, step: int) -> tuple[Tensors, dict[str, Any]]:
     """The tensors and the state of one checkpoint. Raises ValueError or OSError if it is damaged."""
     path = folder / NAME.format(step)

@@ -43,13 +43,18 @@ def reader_died(error: Exception) -> bool:
     return said.startswith("DataLoader worker") or unanswered
 
 
+def lacks_memory(error: RuntimeError) -> bool:
+    """Whether memory was asked for that is not there, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def memory_needed(kind: type[ValueError]) -> Iterator[None]:
     """Within the context, memory that is not there is told of by an error of this kind, which names the remedies."""
     try:
         yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):  # on a CPU
+        if not lacks_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # what the step holds is room to save in
         asked = re.search(r"ried to allocate ([\d.]+ \w+)", str(error))

@@ -152,6 +152,7 @@ class Trainer:
                     raise FloatingPointError(error.advice(f"{tried}: start anew")) from error
                 self.saver.restore(sound[-min(count, len(sound))])  # another time, the one before
                 self.rollbacks, self.operations = count, 0.0
+                self.saver.save()  # which removes the later ones: a start after a kill would go on from them
                 what = f"{error.what}. Going back to step {self.step}, with {0.5**count:g} of the learning rate"
                 self.accelerator.print(f"\n{what}")
                 self.saver.append_log({"step": self.step, "rollback": count, "because": what})
@@ -183,10 +184,10 @@ class Trainer:
             self.pace.stepped()
             if self.step % run.validate_every == 0:
                 self._look()
-            if self.step % run.sample_every == 0:
-                self.saver.save_grid()
             if self.step % run.checkpoint_every == 0:
                 self.saver.save()
+            if self.step % run.sample_every == 0:
+                self.saver.save_grid()
             self.pace.paused()
             if self._asked_to_stop(interrupt):
                 return True

@@ -16,6 +16,7 @@ from torch import nn
 from fpdm.data import holds_latents
 from fpdm.data.open import kind_of
 from fpdm.files import hold, is_free, is_inside, read_json, steps_in, write_aside, write_json
+from fpdm.training.checkpoints import planned_steps
 from fpdm.training.config import Config, differences
 
 # In the last line of a log, where it is of fewer steps than the others. Where more are asked for, these join them in
@@ -31,7 +32,7 @@ class RunDir:
     written.
 
     step          of its newest checkpoint, 0 without one
-    former_steps  how many it was to have when it was last started; None without a checkpoint
+    former_steps  how many it was to have when that was written; None without a checkpoint
     """
 
     def __init__(self, path: str | Path, config: Config, fingerprint: str):
@@ -45,7 +46,8 @@ class RunDir:
         if settings.is_file():
             old = read_json(settings)
             self._compare(old, new)
-            self.former_steps = old["optimizer"]["steps"] if self.step else None
+            if self.step:  # not those of the config: a start that finds all done has trained nothing by its own
+                self.former_steps = planned_steps(self.checkpoints, self.step) or old["optimizer"]["steps"]
         elif not is_free(self.path):
             raise ValueError(f"{self.path} is there already and is not a run: choose another --name")
         self._new = new

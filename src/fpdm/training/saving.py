@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from accelerate.utils import gather_object
+from PIL import Image
 
 from fpdm.diffusion import for_sampling
 from fpdm.files import read_json, write_json
@@ -14,12 +15,14 @@ from fpdm.models import Denoiser, FixedPointDiT
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.training import checkpoints
 from fpdm.training.devices import whole
+from fpdm.training.halts import lacks_memory
 from fpdm.training.rundir import PARTIAL
 
 if TYPE_CHECKING:
     from fpdm.training.loop import Trainer
 
 GRID_IMAGES = 40
+DECODED = 8  # at once, by an autoencoder: it takes a fifth of a gigabyte for an image of 256 x 256 pixels
 TRAINING = "training.json"  # in the pipeline folder: the step and config it comes from
 
 
@@ -40,22 +43,37 @@ class Saver:
             self.accelerator.log(numbers, step=entry["step"])
 
     def save_grid(self) -> None:
-        """Images of the averaged weights, at fixed seeds."""
+        """Images of the averaged weights, at fixed seeds. Without the memory for them there are none, which is told."""
         model = self.averaged()
         if model is None or not self.accelerator.is_main_process:
             return
-        pipe = self._pipeline(model)
-        count, classes = GRID_IMAGES, model.config.num_classes
-        labels = [i % classes for i in range(count)] if classes else None
-        pipe.set_progress_bar_config(disable=True)
-        budget = max(self.settings.sample_budget, pipe.plan(num_inference_steps=1).planned)
-        images = pipe(labels, count, budget=budget, seed=self.settings.seed).images
+        try:
+            images = self._drawn(self._pipeline(model))
+        except RuntimeError as error:
+            if not lacks_memory(error):
+                raise
+            self.accelerator.print(f"\nat step {self.run.step}, there is not enough memory for a grid of samples")
+            return
         with self.writing("a grid of samples"):
             grid(images, columns=10).save(self.dir.samples / f"step-{self.run.step:08d}.png")
+
+    def _drawn(self, pipe: FixedPointDiTPipeline) -> list[Image.Image]:
+        """The images of a grid, a part at a time."""
+        pipe.set_progress_bar_config(disable=True)
+        classes, seed = pipe.transformer.config.num_classes, self.settings.seed
+        budget = max(self.settings.sample_budget, pipe.plan(num_inference_steps=1).planned)
+        drawn: list[Image.Image] = []
+        size = GRID_IMAGES if pipe.vae is None else DECODED
+        for first in range(0, GRID_IMAGES, size):
+            part = range(first, min(first + size, GRID_IMAGES))
+            labels = [i % classes for i in part] if classes else None
+            drawn += pipe(labels, len(part), budget=budget, seed=seed, image_indices=part).images
+        return drawn
 
     def save(self) -> None:
         run = self.run
         state = {
+            "steps": run.config.optimizer.steps,
             "meters": self.accelerator.reduce(run.meters.sums, "mean").tolist(),
             "guard": run.guard.state(),
             "rollbacks": run.rollbacks,

@@ -20,7 +20,7 @@ def notes(config: Config, step: int, former: int | None) -> list[str]:
     """What may surprise in the learning rate of a run, a line each.
 
     step    how many are done
-    former  how many there were to be when it was last started; None of a new run
+    former  how many there were to be when the last of them was made; None of a new run
 
     Raises ValueError for more steps of a run that has made all of its cosine.
     """
