@@ -16,6 +16,7 @@ from PIL import Image
 
 from fpdm import drawing
 from fpdm.cli.main import main
+from fpdm.cli.sample import parse_classes
 from fpdm.diffusion import for_sampling
 from fpdm.experiments import trace
 from fpdm.imaging import grid
@@ -569,3 +570,20 @@ def test_a_second_command_in_a_folder_is_told_so_and_harms_nothing(models, tmp_p
     quiet = drawn(models["looped"], tmp_path / "quiet", *BUDGET, "--num-images", "6")[0]
     assert {name: images[name] for name in quiet} == quiet
     assert not [path for path in Path(out).iterdir() if path.name.endswith(".writing")]
+
+
+@pytest.mark.parametrize(
+    ("text", "classes"),
+    [("2", [3]), ("10", [2]), ("0-3", [0, 1, 3, 4]), ("11", [11]), ("2,cat,9-11", [3, 11, 10, 2, 11])],
+)
+def test_numbers_that_are_names_mean_the_classes_called_so_in_ranges_too(text, classes):
+    names = ["0", "1", "10", "2", "3", "4", "5", "6", "7", "8", "9", "cat"]  # as folders of these names are ordered
+    assert parse_classes(text, 12, names) == classes
+
+
+def test_classes_that_are_counted_from_one_may_be_all_in_a_range():
+    names = [str(number) for number in range(1, 11)]
+    assert parse_classes("1-10", 10, names) == list(range(10))
+    assert parse_classes("0", 10, names) == [0]
+    with pytest.raises(ValueError, match="class 11 is out of range"):
+        parse_classes("1-11", 10, names)

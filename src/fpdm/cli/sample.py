@@ -210,7 +210,8 @@ def parse_iterations(text: str | None) -> int | list[int] | None:
 
 
 def parse_classes(text: str | None, count: int, names: list[str]) -> list[int] | None:
-    """Class numbers from "0-9", "3,5" or names; all classes by default, None for an unconditional model."""
+    """Class numbers from "0-9", "3,5" or names; all classes by default, None for an unconditional model. A number
+    that a class has for its name means that one, in a range, too."""
     if text is None:
         return list(range(count)) or None
     if count == 0:
@@ -222,11 +223,13 @@ def parse_classes(text: str | None, count: int, names: list[str]) -> list[int] |
             labels.append(names.index(part))
         elif first.isdecimal() and (last.isdecimal() or not dash):
             ends = int(first), int(last or first)
-            if max(ends) >= count:
-                raise ValueError(f"class {max(ends)} is out of range: this model has classes 0 to {count - 1}")
             if ends[0] > ends[1]:
                 raise ValueError(f"--classes {part} is a range that falls: write {ends[1]}-{ends[0]}")
-            labels += range(ends[0], ends[1] + 1)
+            for number in range(ends[0], ends[1] + 1):
+                label = names.index(str(number)) if str(number) in names else number  # which folders may be called
+                if label >= count:
+                    raise ValueError(f"class {number} is out of range: this model has classes 0 to {count - 1}")
+                labels.append(label)
         else:
             labels.append(part)  # the pipeline says what is wrong with it
     if not labels:
