@@ -1,5 +1,6 @@
 """The pipeline as its users meet it: saved and opened elsewhere, asked for images in every way, and asked wrongly."""
 
+import json
 import logging
 import os
 import re
@@ -571,6 +572,62 @@ def test_a_plan_of_heun_fits_the_least_budgets_where_two_calls_are_the_fewest():
         pipe.plan(budget=least - 1)
 
 
+@pytest.mark.parametrize("part", ["scheduler", "transformer"])
+def test_plans_of_other_parts_are_neither_saved_nor_handed_on(part, tmp_path):
+    pipe = make_pipeline()
+    pipe.tuned_plans = PLANS
+    assert FixedPointDiTPipeline.from_pipe(pipe).tuned_plans == PLANS
+    setattr(pipe, part, getattr(make_pipeline(), part))
+    assert not pipe.request(0, budget=12).tuned
+    assert not FixedPointDiTPipeline.from_pipe(pipe).request(0, budget=12).tuned
+    pipe.save_pretrained(tmp_path)
+    assert FixedPointDiTPipeline.from_pretrained(tmp_path).tuned_plans == ()
+
+
+def test_a_pipeline_without_a_network_is_not_saved(tmp_path):
+    pipe = make_pipeline()
+    pipe.transformer = None
+    with pytest.raises(ValueError, match="no transformer"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_else_is_in_a_config_is_no_hindrance(tmp_path):
+    make_pipeline().save_pretrained(tmp_path)
+    config = tmp_path / "transformer/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "note": "hi"}))
+    pipe = FixedPointDiTPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer.register_to_config(quantization_config=object())
+    assert torch.equal(pixels(pipe, [0], budget=12, seed=0), pixels(make_pipeline(), [0], budget=12, seed=0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_image(dtype, pipe):
+    how = {"budget": 36, "num_inference_steps": 6, "seed": 0, "scheduler": "ddim"}
+    shared = {**how, "guidance_scale": 2.0, "guidance_share": 0.5}
+    expected = [pixels(pipe, [0, 1], **some) for some in (how, shared)]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = [pixels(pipe, [0, 1], **some) for some in (how, shared)]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_call_that_begins_beside_another_leaves_an_interrupt_alone():
+    pipe = make_pipeline()
+
+    def calls():
+        yield {"class_labels": 0, "budget": 24, "num_inference_steps": 6, "seed": 0}
+        pipe._interrupt = True  # as another thread would
+        yield {"class_labels": 1, "budget": 24, "num_inference_steps": 6, "seed": 1}
+
+    found = dict(pipe.continuous(calls(), batch_size=2))
+    assert sorted(len(output.report.timesteps) for output in found.values()) == [1, 6]
+
+
 def test_a_pipeline_saved_over_another_does_not_take_its_plans_over(tmp_path):
     tuned = make_pipeline()
     tuned.tuned_plans = PLANS
@@ -734,7 +791,7 @@ TWICE = {"guidance_scale": 2.0}
         ({"allocation": "linear:2"}, "between -2 and 2"),
         ({"reuse": "linaer"}, "Did you mean 'linear'"),
         ({"solver": "andersen"}, "Did you mean 'anderson'"),
-        ({"solver": "anderson:x"}, "'x' is not a number"),
+        ({"solver": "anderson:x"}, "'x' is not a whole number"),
         ({"solver": "anderson:0"}, "at least 1"),
         ({"solver": "picard:0"}, r"in \(0, 1\]"),
         ({"tolerance": 0.0}, "tolerance is 0"),

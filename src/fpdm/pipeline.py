@@ -145,7 +145,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         """diffusers' `from_pipe`, with the tuned plans."""
         pipe: Self = super().from_pipe(pipeline, **kwargs)
         if (pipe.transformer, pipe.scheduler) == (pipeline.transformer, pipeline.scheduler):
-            pipe.tuned_plans = getattr(pipeline, "tuned_plans", ())
+            pipe.tuned_plans = getattr(pipeline, "_own_plans", ())
         return pipe
 
     @property
@@ -159,11 +159,19 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         self._tuned_plans = tuple(plans)
         self._tuned_with = original(self.transformer), self.scheduler
 
+    @property
+    def _own_plans(self) -> tuple[TunedPlan, ...]:
+        """The tuned plans, if they are of the network and scheduler that are there."""
+        return self._tuned_plans if self._tuned_with == (original(self.transformer), self.scheduler) else ()
+
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """diffusers' `save_pretrained`, and the tuned plans. Raises ValueError for a network in 8 bits."""
+        """diffusers' `save_pretrained`, and the tuned plans, unless they are of another network or scheduler. Raises
+        ValueError for a network in 8 bits, or none."""
+        if self.transformer is None:
+            raise ValueError("this pipeline has no transformer: it was opened without one")
         self.transformer.check_savable()
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        save_plans(Path(save_directory), self.tuned_plans)  # first: what follows may upload the folder
+        save_plans(Path(save_directory), self._own_plans)  # first: what follows may upload the folder
         super().save_pretrained(save_directory, **kwargs)
 
     @named
@@ -185,8 +193,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
     def _tuned_for(self, call: Mapping[str, Any]) -> dict[str, Any] | None:
         """The tuned plan that a call follows, as keyword arguments; None where it follows none."""
-        theirs = self._tuned_with == (original(self.transformer), self.scheduler)
-        plan = plan_for(self.tuned_plans if theirs else (), call)
+        plan = plan_for(self._own_plans, call)
         return None if plan is None else self._choices(plan, index(call["budget"]))
 
     @property
@@ -316,13 +323,14 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         asked.check(self)
         return asked
 
-    def drawing(self, asked: Request, bar: bool = True) -> Drawing:
-        """The course of a call: the evaluations of the network that it waits for. `bar` shows how far it is."""
-        self._interrupt = False
+    def drawing(self, asked: Request, alone: bool = True) -> Drawing:
+        """The course of a call: the evaluations of the network that it waits for. One that is `alone` shows how far it
+        is, and an interrupt from before it is over."""
+        self._interrupt = self._interrupt and not alone
         generators = asked.randomness.generators()
         noise = initial_noise(self.transformer, generators)  # in any case: later draws do not depend on `latents`
         noise = noise if asked.latents is None else asked.latents
-        with self.progress_bar(total=asked.plan.num_steps) if bar else tqdm(disable=True) as shown:
+        with self.progress_bar(total=asked.plan.num_steps) if alone else tqdm(disable=True) as shown:
 
             def on_step(index: int, t: int, x: Tensor) -> Tensor | None:
                 shown.update()
@@ -393,6 +401,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
             )
         if isinstance(self.transformer, DiT):
             raise ValueError("a network without iterations gains nothing here: draw its images in batches")
+        self._interrupt = False
         if isinstance(calls, Sequence) and not return_exceptions:
             there = [call for call in calls if call is not None]
             courses = [self._course_of(self._numbered(*numbered)) for numbered in enumerate(there)]
@@ -420,7 +429,7 @@ class FixedPointDiTPipeline(DiffusionPipeline):
 
         def begun(call: Mapping[str, Any] | Request) -> Drawing:
             asked = call if isinstance(call, Request) else self._checked(call)
-            return (yield from self.drawing(asked, bar=False))  # each would show one
+            return (yield from self.drawing(asked, alone=False))
 
         return None if call is None else begun(call)
 

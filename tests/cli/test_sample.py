@@ -251,7 +251,7 @@ LEFT_BEHIND = "draw_missing checks a tolerance only in the pipeline's call, afte
         (["--reuse", "linera"], ["'linera'", "'linear'"]),
         (["--no-reuse"], ["--no-reuse", "'--reuse'"]),
         (["--solver", "andersen"], ["unknown solver 'andersen'", "'anderson'"]),
-        (["--solver", "anderson:two"], ["'anderson:two'", "'two' is not a number"]),
+        (["--solver", "anderson:two"], ["'anderson:two'", "'two' is not a whole number"]),
         (["--solver", "anderson:0"], ["memory is 0"]),
         (["--solver", "picard:nan"], ["damping is nan"]),
         (["--tolerance", "small"], ["--tolerance", "'small'"]),
@@ -587,3 +587,5 @@ def test_classes_that_are_counted_from_one_may_be_all_in_a_range():
     assert parse_classes("0", 10, names) == [0]
     with pytest.raises(ValueError, match="class 11 is out of range"):
         parse_classes("1-11", 10, names)
+    padded = [f"{number:02d}" for number in range(1, 11)]
+    assert parse_classes("01-03,10", 10, padded) == parse_classes("1-3,10", 10, padded) == [0, 1, 2, 9]

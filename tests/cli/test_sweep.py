@@ -111,7 +111,7 @@ def test_a_sweep_says_where_its_report_is(models, tmp_path, capsys):
         (["--reuse", "plain,linera"], "unknown reuse 'linera'. Did you mean 'linear'?"),
         (["--reuse", ""], "unknown reuse ''"),
         (["--solvers", "picard,andersen:2"], "unknown solver 'andersen'. Did you mean 'anderson'?"),
-        (["--solvers", "anderson:two"], "solver 'anderson:two': 'two' is not a number"),
+        (["--solvers", "anderson:two"], "solver 'anderson:two': 'two' is not a whole number"),
         (["--seeds", "0,-1"], "--seeds is '0,-1'; it must be whole numbers of at least 0"),
         (["--seeds", "one"], "--seeds is 'one'"),
         (["--features", "classifer"], "unknown feature extractor 'classifer'. Did you mean 'classifier'?"),

@@ -21,7 +21,7 @@ from diffusers import (
 )
 
 from fpdm.diffusion import make_schedule, target
-from fpdm.sampling import SCHEDULERS, Stepper, image_generators, trailing_timesteps
+from fpdm.sampling import SCHEDULERS, Stepper, calls_of, image_generators, trailing_timesteps
 
 KINDS = ("epsilon", "v_prediction", "sample")
 MU, S = 0.3, 0.5  # data N(MU, S^2), every pixel by itself
@@ -453,6 +453,7 @@ def test_a_noise_schedule_given_as_a_table_reaches_every_scheduler():
         (DDPMScheduler(thresholding=True), None, "thresholding"),
         (DDPMScheduler(variance_type="fixed_large"), None, "variance_type is 'fixed_large'"),
         (UniPCMultistepScheduler(predict_x0=False), None, "predict_x0 is False"),
+        (DPMSolverMultistepScheduler(lower_order_final=False), None, "lower_order_final is False"),
         (EulerDiscreteScheduler(use_karras_sigmas=True), None, "use_karras_sigmas"),
         (HeunDiscreteScheduler(use_karras_sigmas=True), "ddim", "use_karras_sigmas"),
         (UniPCMultistepScheduler(use_exponential_sigmas=True), None, "use_exponential_sigmas"),
@@ -472,3 +473,46 @@ def test_a_noise_schedule_given_as_a_table_reaches_every_scheduler():
 def test_what_cannot_be_stepped_is_refused(template, name, text):
     with pytest.raises(ValueError, match=text):
         Stepper(template, name, 5, learned_variance=False)
+
+
+# What is put in the place of x
+
+
+@pytest.mark.parametrize("name", sorted(set(SCHEDULERS) - {"ddpm"}))
+@pytest.mark.parametrize("at", [0, 10, 11, 29])
+def test_what_is_put_in_the_place_of_x_goes_on_along_the_flow(name, at):
+    """A change of x shrinks as the deviation of the data does, whatever a solver keeps of earlier steps."""
+    stepper = Stepper(schedule(), name, 31, learned_variance=False)
+    unchanged, x = (torch.full((2, 1, 1, 1), 0.3) for _ in range(2))
+    plain = draw(Stepper(schedule(), name, 31, learned_variance=False), unchanged, gaussian_x0, "epsilon")
+    for index, t in enumerate(stepper.timesteps):
+        x = stepper.step(prediction("epsilon", gaussian_x0, x, stepper.alpha_bar[t]), index, x, None)
+        if index == at:
+            x = stepper.replaced(x, x + 1.0)
+    start, end = (stepper.alpha_bar[stepper.timesteps[i]].double() for i in (at + 1, -1))
+    deviation = [(ab * S**2 + 1 - ab).sqrt() for ab in (start, end)]
+    left = deviation[1] / deviation[0] * end.sqrt() * S**2 / deviation[1] ** 2
+    torch.testing.assert_close(x - plain, torch.full_like(x, left), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULERS))
+def test_what_is_put_in_the_place_of_x_and_is_the_same_changes_nothing(name):
+    steppers = [Stepper(schedule(), name, 9, learned_variance=False) for _ in range(2)]
+    generators = [[torch.Generator().manual_seed(0)] for _ in steppers]
+    x, same = (torch.full((1, 1, 1, 1), 0.3) for _ in steppers)
+    for index, t in enumerate(steppers[0].timesteps):
+        for which, (stepper, drawn) in enumerate(zip(steppers, generators, strict=True)):
+            value = same if which else x
+            value = stepper.step(prediction("epsilon", gaussian_x0, value, stepper.alpha_bar[t]), index, value, drawn)
+            x, same = (x, stepper.replaced(value, value.clone())) if which else (value, same)
+    assert torch.equal(x, same)
+
+
+def test_a_heun_template_has_the_zero_terminal_snr_that_its_config_asks_for():
+    template = schedule("v_prediction", zero_terminal_snr=True)
+    heun = HeunDiscreteScheduler.from_config(template.config)
+    assert calls_of(heun, None) == calls_of(template, "heun")
+    for name in SCHEDULERS:
+        own, other = (Stepper(one, name, 10, learned_variance=False) for one in (template, heun))
+        assert own.timesteps == other.timesteps
+        torch.testing.assert_close(own.alpha_bar, other.alpha_bar, atol=1e-6, rtol=0)

@@ -217,6 +217,7 @@ def parse_classes(text: str | None, count: int, names: list[str]) -> list[int] |
     if count == 0:
         raise ValueError("this model is unconditional: it has no classes. Leave --classes out")
     labels: list[Any] = []
+    numbered = {int(name): label for label, name in enumerate(names) if name.isdecimal()}  # as folders may be called
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if part in names:
@@ -226,7 +227,7 @@ def parse_classes(text: str | None, count: int, names: list[str]) -> list[int] |
             if ends[0] > ends[1]:
                 raise ValueError(f"--classes {part} is a range that falls: write {ends[1]}-{ends[0]}")
             for number in range(ends[0], ends[1] + 1):
-                label = names.index(str(number)) if str(number) in names else number  # which folders may be called
+                label = numbered.get(number, number)
                 if label >= count:
                     raise ValueError(f"class {number} is out of range: this model has classes 0 to {count - 1}")
                 labels.append(label)

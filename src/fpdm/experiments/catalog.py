@@ -32,7 +32,7 @@ MODELS = {
     "fpdm-k2": formed("FPDM, 1+2+1", "1+2+1"),
     "fpdm-k4": formed("FPDM, 1+4+1", "1+4+1"),
     **{f"looped{count}": formed(f"FPDM, 0+{count}+0, half warm", f"0+{count}+0")
-       for count in (NEAREST, HALF, FULL)},
+       for count in (NEAREST, HALF, 6, FULL)},
     **{f"gated{count}": formed(f"FPDM, 0+{count}+0, half warm, gate", f"0+{count}+0", **GATE)
        for count in (NEAREST, HALF)},
     **{f"dit{depth}": Model(f"DiT, {depth} blocks", {"network": "dit", "depth": depth})

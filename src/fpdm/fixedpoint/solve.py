@@ -132,5 +132,5 @@ def _row(r: Tensor | None, places: Tensor | None, spent: Tensor) -> Tensor:
     """Residuals (batch,): NaN where there are none."""
     if r is not None and places is None:
         return r
-    row = torch.full(spent.shape, torch.nan, device=spent.device)
+    row = torch.full(spent.shape, torch.nan, dtype=torch.float32, device=spent.device)
     return row if r is None or places is None else row.index_copy(0, places, r)

@@ -190,7 +190,7 @@ class Denoiser(ModelMixin, ConfigMixin):
             )
         # A number is not copied to the device, which would be waited for.
         is_number = isinstance(t, int | float)
-        t = torch.full((len(x),), float(t), device=x.device) if is_number else torch.as_tensor(t, device=x.device)
+        t = x.new_full((len(x),), float(t), dtype=torch.float32) if is_number else torch.as_tensor(t, device=x.device)
         y = torch.full((len(x),), self.null_class, device=x.device) if y is None else y
         if t.shape not in ((), (len(x),)) or y.shape != (len(x),):
             raise ValueError(

@@ -62,5 +62,5 @@ class Guidance:
         of `channels` C. What is not guided, the variance above all, is the conditional half's."""
         conditional, unconditional = output.chunk(2)
         guided = min(channels, self.channels or channels)
-        moved = torch.lerp(unconditional[:, :guided], conditional[:, :guided], self.scale)
+        moved = torch.lerp(unconditional[:, :guided], conditional[:, :guided], float(self.scale))
         return torch.cat([moved, conditional[:, guided:]], dim=1)

@@ -5,6 +5,7 @@ same configuration runs on tensors without data. Block passes leave out that a b
 one of another.
 """
 
+import inspect
 import json
 from functools import lru_cache
 from typing import Any
@@ -34,7 +35,8 @@ def cost_of(model: Denoiser) -> Cost:
 def operations_of(model: Denoiser) -> Cost:
     """The operations of one call of `model` for one image, as `cost_of` tells its block passes."""
     model = original(model)
-    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    known = inspect.signature(type(model)).parameters  # diffusers keeps in a config what else was in its file
+    config = {name: value for name, value in model.config.items() if name in known}
     return _counted(type(model), json.dumps(config, sort_keys=True))  # type: ignore[arg-type]
 
 

@@ -122,8 +122,10 @@ def course(
         prediction = output.sample.float()
         prediction = guidance.combined(prediction, x.shape[1]) if guided else prediction
         x = stepper.step(prediction, index, x, list(generators))
-        if on_step is not None and (replaced := on_step(index, t, x)) is not None:
-            x = replaced
+        if on_step is not None:
+            made = x.clone()  # which a callback may change in its place
+            if (replaced := on_step(index, t, x)) is not None:
+                x = stepper.replaced(made, replaced)
         if interrupted():
             plan = plan.first(index + 1)
             break

@@ -17,6 +17,7 @@ from diffusers import (
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 from torch import Tensor
 
 from fpdm.diffusion import PREDICTION_TYPES, add_noise, predicted_x0
@@ -35,7 +36,8 @@ KINDS: dict[str, Any] = {
 SCHEDULERS = tuple(KINDS)
 UNSUPPORTED = ("thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
                "use_flow_sigmas")  # fmt: skip
-USABLE: dict[str, tuple[Any, ...]] = {"variance_type": (None, "fixed_small", "learned_range"), "predict_x0": (True,)}
+USABLE: dict[str, tuple[Any, ...]] = {"variance_type": (None, "fixed_small", "learned_range"), "predict_x0": (True,),
+                                      "lower_order_final": (True,)}  # fmt: skip
 LEAST_SIGNAL = 1e-6  # alpha_bar at the noisiest timestep, below which Heun's first step, in units of 1 / it, is no use
 
 
@@ -91,6 +93,18 @@ class Stepper:
         draws = {} if self.name == "unipc" else {"generator": generators}  # it draws nothing, and knows of none
         return self.scheduler.step(x0, t, x, return_dict=False, **draws)[0]
 
+    def replaced(self, x: Tensor, by: Tensor) -> Tensor:
+        """`by`, to go on with in place of the `x` of the last step. UniPC's corrector and Heun's second stage start
+        once more from what was before that, which would undo the change."""
+        if torch.equal(x, by):
+            return by
+        if self.name == "unipc":
+            self.scheduler.last_sample = None  # as at the first step: the next one does without the corrector
+        if self.name == "heun" and not self.scheduler.state_in_first_order:
+            scale = (1 + self.scheduler.sigmas[self.scheduler.step_index] ** 2).sqrt()
+            self.scheduler.sample, self.scheduler.dt = by * scale, 0.0  # this step is of first order
+        return by
+
     def _heun(self, x0: Tensor, x: Tensor, index: int) -> Tensor:
         """diffusers' Heun keeps x / sqrt(alpha_bar), and takes the noise that x0 tells of."""
         if index < len(self.ahead):
@@ -144,9 +158,15 @@ def calls_of(template: Any, name: str | None) -> range:
     return range(2, 2 * most - 1, 2) if _alpha_bar(template)[-1] < LEAST_SIGNAL else range(1, 2 * most, 2)
 
 
+def betas_of(template: Any) -> Tensor:
+    """(T,) of a template. diffusers' Heun does not rescale its own for a zero terminal SNR that its config asks for."""
+    rescaled = isinstance(template, HeunDiscreteScheduler) and template.config.get("rescale_betas_zero_snr")
+    return rescale_zero_terminal_snr(template.betas) if rescaled else template.betas  # type: ignore[no-any-return]
+
+
 def _alpha_bar(template: Any) -> Tensor:
     """(T,) float64, unclamped: diffusers' solvers put 2**-24 where a zero terminal SNR has 0."""
-    betas = template.betas.double()
+    betas = betas_of(template).double()
     return (1 - betas).cumprod(0)
 
 
@@ -162,7 +182,9 @@ def _settings(template: Any) -> dict[str, Any]:
         raise ValueError('zero terminal SNR goes with prediction_type "v_prediction" or "sample", not with "epsilon"')
     return {
         "num_train_timesteps": config.num_train_timesteps,
-        "trained_betas": template.betas.tolist(),  # whatever they came from: not every scheduler knows every schedule
+        "trained_betas": betas_of(
+            template
+        ).tolist(),  # wherever they come from: not every scheduler knows every schedule
         "prediction_type": "sample",
         "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": zero_snr,  # once more does no harm, and the multistep solvers must know

@@ -25,5 +25,6 @@ def solver_of(solver: str | Solver) -> Solver:
     try:
         value = float(text) if name == "picard" else int(text)
     except ValueError:
-        raise ValueError(f"solver {solver!r}: {text!r} is not a number") from None
+        kind = "number" if name == "picard" else "whole number"
+        raise ValueError(f"solver {solver!r}: {text!r} is not a {kind}") from None
     return SOLVERS[name](value)  # type: ignore[arg-type]
