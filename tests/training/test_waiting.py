@@ -2,7 +2,7 @@
 
 import json
 import os
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -36,21 +36,30 @@ def test_a_lap_has_the_steps_seconds_and_waits_since_the_last(monkeypatch):
     assert clock.total == 10.0
 
 
-def test_images_that_come_slowly_are_seen_in_the_log_and_in_the_bar(tmp_path, capsys):
-    quick, slow = (Trainer(tiny(log_every=2), tmp_path / name) for name in ("quick", "slow"))
-    load = slow.parts.source.load
+def test_images_that_come_slowly_are_seen_in_the_log_and_in_the_bar(tmp_path, capsys, monkeypatch):
+    now, one_step = [0.0], Trainer._one_step
+    monkeypatch.setattr(clocks, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
-    def slowly(index):
-        time.sleep(0.05)
-        return load(index)
+    def stepped(self, batches):  # in a second
+        now[0] += 1
+        one_step(self, batches)
 
-    quick.run()
-    assert "waiting" not in capsys.readouterr().err
-    object.__setattr__(slow.parts.source, "load", slowly)
-    slow.run()
-    assert "% of the time waiting for images: try --workers 2" in capsys.readouterr().err
-    assert all(0 < share < 0.2 for share in shares(tmp_path / "quick"))
-    assert all(0.5 < share < 1 for share in shares(tmp_path / "slow"))
+    monkeypatch.setattr(Trainer, "_one_step", stepped)
+    said = {}
+    for name, seconds in (("quick", 0.01), ("slow", 0.5)):
+        trainer = Trainer(tiny(log_every=2), tmp_path / name)
+
+        def loaded(index, load=trainer.parts.source.load, seconds=seconds):
+            now[0] += seconds
+            return load(index)
+
+        object.__setattr__(trainer.parts.source, "load", loaded)
+        trainer.run()
+        said[name] = capsys.readouterr().err
+    assert "waiting" not in said["quick"]
+    assert "80% of the time waiting for images: try --workers 2" in said["slow"]
+    assert shares(tmp_path / "quick") == pytest.approx([0.08 / 1.08] * 5, abs=0.001)  # eight images a step
+    assert shares(tmp_path / "slow") == pytest.approx([4 / 5] * 5, abs=0.001)
 
 
 @pytest.mark.parametrize(("share", "workers", "said"), [
