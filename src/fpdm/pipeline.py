@@ -326,7 +326,8 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     def drawing(self, asked: Request, alone: bool = True) -> Drawing:
         """The course of a call: the evaluations of the network that it waits for. One that is `alone` shows how far it
         is, and an interrupt from before it is over."""
-        self._interrupt = self._interrupt and not alone
+        if alone:
+            self._interrupt = False
         generators = asked.randomness.generators()
         noise = initial_noise(self.transformer, generators)  # in any case: later draws do not depend on `latents`
         noise = noise if asked.latents is None else asked.latents

@@ -5,7 +5,7 @@ import io
 import os
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -79,7 +79,7 @@ class ImageFolder:
         check_channels(channels)
         if not self.root.is_dir():
             raise ValueError(f"{self.root} is not a folder")
-        files = _files(self.root)
+        files = list(_files(self.root))
         found = sorted(name for name in files if is_image(name))
         folders = _folders(found)
         loose = [name for name in found if "/" not in name]
@@ -213,14 +213,14 @@ def holds_images(root: Path) -> bool:
     return any(is_image(name) for name in _files(root))
 
 
-def _files(root: Path) -> list[str]:
+def _files(root: Path) -> Iterator[str]:
     """Paths below `root`, relative, with forward slashes; hidden ones are left out, links are followed once. Raises
     ValueError for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:  # else its images, a class perhaps, would be missing without a word
         raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}): mend it, or move it away")
 
-    names, seen = [], set()
+    seen = set()
     for folder, folders, entries in os.walk(root, followlinks=True, onerror=refuse):
         if (real := os.path.realpath(folder)) in seen:  # a link back up
             folders.clear()
@@ -229,5 +229,4 @@ def _files(root: Path) -> list[str]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in entries:
             if not name.startswith("."):
-                names.append((Path(folder) / name).relative_to(root).as_posix())
-    return names
+                yield (Path(folder) / name).relative_to(root).as_posix()

@@ -158,7 +158,7 @@ def calls_of(template: Any, name: str | None) -> range:
     return range(2, 2 * most - 1, 2) if _alpha_bar(template)[-1] < LEAST_SIGNAL else range(1, 2 * most, 2)
 
 
-def betas_of(template: Any) -> Tensor:
+def _betas(template: Any) -> Tensor:
     """(T,) of a template. diffusers' Heun does not rescale its own for a zero terminal SNR that its config asks for."""
     rescaled = isinstance(template, HeunDiscreteScheduler) and template.config.get("rescale_betas_zero_snr")
     return rescale_zero_terminal_snr(template.betas) if rescaled else template.betas  # type: ignore[no-any-return]
@@ -166,7 +166,7 @@ def betas_of(template: Any) -> Tensor:
 
 def _alpha_bar(template: Any) -> Tensor:
     """(T,) float64, unclamped: diffusers' solvers put 2**-24 where a zero terminal SNR has 0."""
-    betas = betas_of(template).double()
+    betas = _betas(template).double()
     return (1 - betas).cumprod(0)
 
 
@@ -182,9 +182,7 @@ def _settings(template: Any) -> dict[str, Any]:
         raise ValueError('zero terminal SNR goes with prediction_type "v_prediction" or "sample", not with "epsilon"')
     return {
         "num_train_timesteps": config.num_train_timesteps,
-        "trained_betas": betas_of(
-            template
-        ).tolist(),  # wherever they come from: not every scheduler knows every schedule
+        "trained_betas": _betas(template).tolist(),  # not every scheduler knows every schedule
         "prediction_type": "sample",
         "timestep_spacing": "trailing",
         "rescale_betas_zero_snr": zero_snr,  # once more does no harm, and the multistep solvers must know
