@@ -744,6 +744,12 @@ def test_a_model_that_was_not_tuned_says_how_to(pipe):
         pipe.tuned(80)
 
 
+@pytest.mark.parametrize("budget", [None, 80.5, "80", 0])
+def test_a_tuned_plan_is_asked_for_by_a_budget_that_can_be(pipe, budget):
+    with pytest.raises(ValueError, match="budget"):
+        pipe.tuned(budget)
+
+
 def test_a_pipeline_of_the_parts_of_another_has_its_plans(tmp_path):
     pipe = make_pipeline()
     pipe.tuned_plans = (TunedPlan(40, (2, 2), "ddim", "plain", "picard", {}),)

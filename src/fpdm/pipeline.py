@@ -178,9 +178,9 @@ class FixedPointDiTPipeline(DiffusionPipeline):
     def tuned(self, budget: int, guidance_scale: float = 1.0) -> dict[str, Any]:
         """Keyword arguments of a call with the tuned plan nearest to a budget: `pipe(labels, **pipe.tuned(80))`.
 
-        Raises ValueError for a model that was not tuned with this guidance.
+        Raises ValueError for a model that was not tuned with this guidance, and a budget that cannot be.
         """
-        plan = nearest_plan(self.tuned_plans, budget, guidance_scale)
+        plan = nearest_plan(self.tuned_plans, whole("budget", budget), guidance_scale)
         if plan is None:
             raise ValueError(
                 f"this model has no plans tuned with guidance scale {guidance_scale:g}: make them with `fpdm tune`, or "
