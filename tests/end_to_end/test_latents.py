@@ -207,6 +207,7 @@ def test_latents_that_are_not_complete_are_refused(latents, tmp_path):
 
 def test_latents_cannot_be_cropped_anew(latents, tmp_path):
     refused("crop random has no effect on latents", latents, path=tmp_path / "run", crop="random")
+    refused("split 'test' has no effect on latents", latents, path=tmp_path / "run", split="test")
 
 
 def test_a_damaged_shard_is_named_before_training_starts(latents, tmp_path):

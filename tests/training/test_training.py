@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -179,6 +180,23 @@ def test_a_run_beside_idx_files_joins_nothing(tmp_path):
     config = tiny(source="idx", data=str(tmp_path), channels=1, steps=1)
     Trainer(config, tmp_path / "runs/clothes").run()
     assert Trainer(config, tmp_path / "runs/clothes").run() == "already finished"
+
+
+def test_a_part_of_the_data_is_learnt_and_the_run_goes_on_with_no_other(tmp_path):
+    images = {name: write_idx(tmp_path, 7, files) for name, files in (("train", "train"), ("test", "t10k"))}
+    config = tiny(source="idx", data=str(tmp_path), channels=1, steps=1, split="test")
+    trainer = Trainer(config, tmp_path / "run")
+    assert np.array_equal(trainer.parts.source.images, images["test"])
+    trainer.run()
+    with pytest.raises(ValueError, match="the images are others"):
+        Trainer(config.with_fields(split="train", steps=2), tmp_path / "run")
+
+
+@pytest.mark.parametrize("source", ["digits", "folder"])
+def test_a_part_that_the_data_has_not_is_refused(source, tmp_path):
+    data = None if source == "digits" else str(images_folder(tmp_path / "images"))
+    with pytest.raises(ValueError, match="has no split 'test', only folders of IDX files have"):
+        Trainer(tiny(source=source, data=data, split="test"), tmp_path / "run")
 
 
 def test_fine_tuning_takes_network_and_weights_and_starts_new_classes_anew(tmp_path):

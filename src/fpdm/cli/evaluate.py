@@ -41,7 +41,8 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> Any:
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--data", required=True, metavar="DATA",
                            help="real images: a folder of images or of IDX files, an .npz file, or digits")  # fmt: skip
-    measuring.add_argument("--split", default="train", metavar="{train,test}", help="of IDX files (train)")
+    measuring.add_argument("--split", default="train", metavar="SPLIT",
+                           help="of IDX files, or of a data set of Hugging Face's (train)")  # fmt: skip
     measuring.add_argument("--features", metavar="{classifier,efficientnet-lite0,inception,dinov2}",
                            help="network to see by (classifier for tiny grey images, else the second)")  # fmt: skip
     measuring.add_argument("--weights", metavar="FILE", help="of that network (default: its own)")

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", required=True, metavar="VAE", help="folder or hub name of an AutoencoderKL")
     parser.add_argument("--out", required=True, metavar="FOLDER", help="where the latents go")
     parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS", help="side of the images (256)")
-    parser.add_argument("--split", default="train", help="of data that has several (train)")
+    parser.add_argument("--split", default="train", help="of IDX files, or of a data set of Hugging Face's (train)")
     parser.add_argument("--flip", action="store_true", help="encode mirrored images, too, for training with --flip")
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images at a time (16)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (auto)")

@@ -143,10 +143,14 @@ def open_source(config: DataConfig) -> Source:
                          "with --data PATH")  # fmt: skip
     place = config.data or "digits"
     latents = config.source == "latents" or (config.source == "auto" and holds_latents(Path(place)))
+    if latents and config.split != DataConfig().split:
+        raise ValueError(
+            f"split {config.split!r} has no effect on latents: leave it out, or encode it with `fpdm latents --split`"
+        )
     source: Source = (
         LatentFolder(place)
         if latents
-        else open_images(place, config.channels, kind=config.source, size=config.image_size)
+        else open_images(place, config.channels, config.split, config.source, config.image_size)
     )
     if config.classes is not None and config.conditional and len(source.class_names) != config.classes:
         without = "" if config.classes else ": --no-conditional learns all as one"

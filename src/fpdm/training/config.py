@@ -43,6 +43,7 @@ class ModelConfig:
 class DataConfig:
     source: str = option("folder", "kind of data", choices=SOURCES)
     data: str | None = option(None, "folder of images, IDX files, shards or latents, .npz file, URLs, hub:NAME")
+    split: str = option("train", "part to learn, of IDX files and of data sets of Hugging Face's, which have several")
     classes: int | None = option(None, "classes that the data must have; none takes what it has", least=0)
     image_size: int = option(32, "side of the images in pixels (or latents)", least=1)
     channels: int = option(3, "1 for grey, 3 for RGB; 4 or more for latents", least=1)
@@ -162,11 +163,11 @@ class Config:
 
 
 # What may differ between the parts of one run: how long, how often and where, but not what is learned from what.
-# `data` is a path; the images themselves are compared by fingerprint.
+# `data` and `split` say where the images are; these themselves are compared by fingerprint.
 CHANGEABLE = {
     "steps", "log_every", "sample_every", "sample_budget", "validate_every", "checkpoint_every", "keep_checkpoints",
-    "accumulation", "workers", "device", "tracker", "data", "source", "vae", "checkpointing", "tf32", "compile",
-    "sharding", "on_divergence", "on_full_disk", "time_limit",
+    "accumulation", "workers", "device", "tracker", "data", "source", "split", "vae", "checkpointing", "tf32",
+    "compile", "sharding", "on_divergence", "on_full_disk", "time_limit",
 }  # fmt: skip
 
 
