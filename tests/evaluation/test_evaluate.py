@@ -290,6 +290,12 @@ def test_coloured_samples_are_refused_where_the_data_is_grey(instrument):
         measured(instrument, samples_of(images))
 
 
+def test_they_are_refused_before_anything_is_computed_where_it_is_known(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "reference_in", lambda *_: pytest.fail("it computes statistics"))
+    with pytest.raises(ValueError, match="in colour and the real images in digits are grey: name others"):
+        Instrument.open("digits", 8, channels=3, cache=tmp_path)
+
+
 @pytest.mark.parametrize("count", [50, 65])
 def test_few_samples_are_measured_and_said_to_be_few(instrument, count):
     found = measured(instrument, real(OTHERS[:count]))

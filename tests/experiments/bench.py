@@ -11,7 +11,7 @@ from PIL import Image
 from fpdm.cli.quiet import quiet_libraries
 from fpdm.drawing import Choices
 from fpdm.evaluation import Evaluation, Instrument, Measure
-from fpdm.experiments import sweep
+from fpdm.experiments import sweep, tune
 from fpdm.experiments.points import Point, Settings
 from fpdm.sampling import Plan
 
@@ -71,7 +71,8 @@ def make_bench(patch: pytest.MonkeyPatch) -> Bench:
     bench = Bench()
     patch.setattr(sweep, "measure_point", bench.measure_point)
     patch.setattr(sweep, "load_pipeline", load_pipeline)
-    patch.setattr(sweep, "instrument_for", lambda settings, *shape: instrument_of(settings.data, *shape))
+    for module in (sweep, tune):
+        patch.setattr(module, "instrument_for", lambda settings, *shape: instrument_of(settings.data, *shape))
     quiet_libraries()
     return bench
 

@@ -143,7 +143,7 @@ def evaluate_samples(options: argparse.Namespace, out: Path | None) -> dict[str,
     from fpdm.machine import made_with
 
     samples = open_samples(path)
-    instrument = open_instrument(options, samples.size, samples.channels)
+    instrument = open_instrument(options, samples.size, samples.channels, samples.coloured)
     if out is not None:
         refuse_other(out, instrument.extractor.name, path.name)
         out.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,6 @@ def evaluate_model(options: argparse.Namespace, out: Path | None) -> dict[str, A
     size, channels = side_of(pipe), channels_of(pipe)
     del pipe  # which `draw` loads again: two might not fit
     instrument = open_instrument(options, size, channels)
-    instrument.check(channels)
     refuse_other(out, instrument.extractor.name, out.name)
     report = draw(options)
     samples = open_samples(out, options.num_images)
@@ -185,7 +184,7 @@ def evaluate_model(options: argparse.Namespace, out: Path | None) -> dict[str, A
     }
 
 
-def open_instrument(options: argparse.Namespace, size: int, channels: int) -> "Instrument":
+def open_instrument(options: argparse.Namespace, size: int, channels: int, coloured: int | None = None) -> "Instrument":
     from fpdm.devices import pick_device
     from fpdm.evaluation import Instrument
 
@@ -193,6 +192,7 @@ def open_instrument(options: argparse.Namespace, size: int, channels: int) -> "I
         options.data,
         size,
         channels=channels,
+        coloured=coloured,
         split=options.split,
         features=options.features,
         weights=options.weights,

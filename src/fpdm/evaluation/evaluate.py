@@ -54,7 +54,8 @@ class Instrument:
         data: str,
         size: int,
         *,
-        channels: int = 3,
+        channels: int | None = None,
+        coloured: int | None = None,
         split: str = "train",
         features: str | None = None,
         weights: str | None = None,
@@ -67,7 +68,9 @@ class Instrument:
         """Open the real images and the network, and have the statistics: read, or computed and kept.
 
         data        see `open_images`
-        channels    of the samples, as which image files are read: 1 (grey) or 3 (RGB)
+        channels    of the samples, as which image files are read: 1 (grey) or 3 (RGB); None reads RGB, and leaves it to
+                    `measure` to refuse samples in colour where the real images are grey
+        coloured    the number of a sample in colour, to be named where that is refused
         features    name of an extractor; None takes the classifier for tiny grey images with classes, else
                     EfficientNet-Lite0
         statistics  file of the real images' statistics; None for one in `cache`
@@ -76,7 +79,11 @@ class Instrument:
 
         Raises ValueError for what is unknown, missing, or does not fit together; ImportError for a missing package.
         """
-        source = opened(data, channels, split, size)
+        read_as = channels or 3
+        source = opened(data, read_as, split, size)
+        if channels == 3 and source.channels == 1:
+            first = "" if coloured is None else f" (number {coloured} is)"
+            raise ValueError(f"the samples are in colour{first} and the real images in {data} are grey: name others")
         others = None if copies_of is None else opened(copies_of, source.channels, "train", size)
         if others is not None and others.channels != source.channels:
             kinds = {1: "grey", 3: "in colour"}
@@ -89,7 +96,7 @@ class Instrument:
         if path is not None and not path.is_file():
             check_writable(path.parent)
         learn = features == "classifier" and split != "train"
-        learned_from = open_images(data, channels, size=size) if learn else source
+        learned_from = open_images(data, read_as, size=size) if learn else source
         extractor = make_extractor(features, weights, device, learned_from, size, cache)
         if path is None:
             reference = reference_in(cache, source, size, extractor, say)
@@ -104,11 +111,6 @@ class Instrument:
             check_count(len(others) - searched.broken, copies_of)
             originals = Originals(copies_of, others, searched)
         return cls(name, source, size, extractor, reference, originals, split)
-
-    def check(self, channels: int) -> None:
-        """Raises ValueError if images of so many channels cannot be measured."""
-        if channels == 3 and self.source.channels == 1:
-            raise ValueError("the samples are in colour and the real images are grey: name other --data")
 
     def measure(self, samples: Samples, picture: Path | None = None, progress: bool = True) -> Evaluation:
         """All metrics of the samples. With `picture`, the samples that are nearest to a real image are drawn there,

@@ -43,7 +43,12 @@ class Samples:
     @cached_property
     def channels(self) -> int:
         """1 where all images are grey, however they are stored, else 3."""
-        return 1 if all(is_grey(pixels(self.source.load(index)[0])) for index in range(len(self))) else 3
+        return 1 if self.coloured is None else 3
+
+    @cached_property
+    def coloured(self) -> int | None:
+        """The number of the first image in colour; None where all are grey."""
+        return next((i for i in range(len(self)) if not is_grey(pixels(self.source.load(i)[0]))), None)
 
     @property
     def diverged(self) -> int:

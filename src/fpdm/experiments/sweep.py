@@ -72,7 +72,7 @@ def run_points(
     device_for(settings)
     size, channels = shape_of(points)
     check_claim(out, settings, points)
-    instrument = checked_instrument(settings, size, channels)
+    instrument = instrument_for(settings, size, channels)
     out.mkdir(parents=True, exist_ok=True)
     with hold(out):
         claim(out, settings, points, instrument.reference.identity)
@@ -274,16 +274,10 @@ def pipeline_for(folder: str, weights: str, device: str, dtype: str) -> FixedPoi
     return placed(pipe, device, dtype)
 
 
-def checked_instrument(settings: Settings, size: int, channels: int) -> Instrument:
-    """What images of this size are measured with; the statistics of the real ones are there before several processes
-    want them. Raises ValueError for data that cannot be opened, or are not for such images."""
-    instrument = instrument_for(settings, size, channels)
-    instrument.check(channels)
-    return instrument
-
-
 @lru_cache(maxsize=1)
 def instrument_for(settings: Settings, size: int, channels: int) -> Instrument:
+    """What images of this size are measured with: the statistics of the real ones are then there for all processes.
+    Raises ValueError for data that cannot be opened, or are not for such images."""
     return Instrument.open(
         settings.data,
         size,

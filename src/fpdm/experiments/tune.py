@@ -29,7 +29,7 @@ import torch
 from fpdm.drawing import Choices, channels_of, check_precision, load_pipeline, schedule_of, side_of
 from fpdm.evaluation import Evaluation
 from fpdm.experiments.points import Axes, Point, Settings, labelled
-from fpdm.experiments.sweep import check_claim, checked_instrument, run_points
+from fpdm.experiments.sweep import check_claim, instrument_for, run_points
 from fpdm.files import check_writable, read_json, shipped, write_json
 from fpdm.models import DiT, FixedPointDiT
 from fpdm.pipeline import FixedPointDiTPipeline
@@ -200,7 +200,7 @@ def tune_model(
         any_point = Point(label, folder, identity, budgets[0], Choices())
         check_claim(out / f"round-{number}", round_of(settings, number), [any_point])
     schedulers = usable(pipe, schedulers, min(budgets), say)
-    checked_instrument(round_of(settings, 1), side_of(pipe), channels_of(pipe))
+    instrument_for(round_of(settings, 1), side_of(pipe), channels_of(pipe))
     profile = profiled(pipe, identity, seed, out, say)
     tuner = Tuner(label, folder, identity, pipe, profile, tuple(schedulers), settings, out, seed, processes, say)
     plans = []
