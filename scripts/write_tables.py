@@ -9,15 +9,13 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from itertools import product
-from math import inf, log
 from pathlib import Path
-from statistics import fmean, geometric_mean
 from typing import Any
 
 from fpdm.evaluation import Evaluation, Measure
 from fpdm.evaluation.result import significant
-from fpdm.experiments.rows import distance, reached, shown
+from fpdm.experiments import comparison
+from fpdm.experiments.comparison import row
 from fpdm.experiments.show import markdown
 
 ROOT = Path(__file__).parents[1]
@@ -37,10 +35,6 @@ def points_of(folder: str) -> list[Point]:
 
 def cell(m: Measure) -> str:
     return f"{significant(m.value)} ({significant(m.low)} to {significant(m.high)})"
-
-
-def row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def metrics(folder: str, model: str, scheduler: str) -> str:
@@ -211,99 +205,29 @@ def soak(path: str) -> str:
     return "\n".join([*lines, row([f"after {minutes:.0f} minutes, weights, average, moments and log", equal])])
 
 
+def result_of(path: str) -> dict[str, Any]:
+    """The result of an experiment."""
+    return json.loads((ROOT / path).read_text())  # type: ignore[no-any-return]
+
+
 def experiment(path: str, *way: str) -> str:
     """The table of `fpdm experiment`: at each budget the best way, or one of them."""
-    return markdown(json.loads((ROOT / path).read_text()), *way)
-
-
-class Distances:
-    """The Frechet distances of an experiment's result, by model and budget: seed -> distance.
-
-    way  of drawing; None takes that which the table of the models shows
-    """
-
-    def __init__(self, path: str, way: str | None = None):
-        result = json.loads((ROOT / path).read_text())
-        self.titles: dict[str, str] = result["models"]
-        self.found: dict[tuple[str, int], dict[int, float]] = {}
-        self.operations: dict[tuple[str, int], float] = {}
-        for label in self.titles:
-            points = [p for p in result["points"] if p["model"] == label and way in (None, p["way"])]
-            for budget, own in shown(points).items():
-                self.found[label, budget] = {p["seed"]: distance(p) for p in own}
-                self.operations[label, budget] = own[0]["operations"]
-        self.budgets = [b for b in reached(result, "budgets") if any(b == budget for _, budget in self.found)]
-        commands = {t["model"]: t["command"] for t in result["trainings"]}
-        self.explicit = [label for label in self.titles if "--network dit" in commands.get(label, "")]
-        self.implicit = [label for label in self.titles if label in commands and label not in self.explicit]
-
-    def head(self, first: str) -> list[str]:
-        return [row([first, *map(str, self.budgets)]), row(["---"] * (1 + len(self.budgets)))]
-
-    def ratio(self, label: str, other: str, budget: int) -> str:
-        return ratio(*(self.found.get((name, budget), {}) for name in (label, other)))
-
-    def lowest(self, labels: list[str], budget: int) -> str:
-        """The model whose mean is the lowest."""
-        return min((fmean(self.found[label, budget].values()), label) for label in labels
-                   if (label, budget) in self.found)[1]  # fmt: skip
-
-    def interpolated(self, label: str, operations: float) -> dict[int, float]:
-        """Seed -> the distance of samples of so many operations, on a line through the logarithms between the budgets
-        that cost less and more; none where one of these is missing."""
-        costs = {b: self.operations[label, b] for b in self.budgets if (label, b) in self.found}
-        less = max((b for b in costs if costs[b] <= operations), default=None)
-        more = min((b for b in costs if costs[b] >= operations), default=None)
-        if less is None or more is None:
-            return {}
-        share = log(operations / costs[less]) / log(costs[more] / costs[less]) if more != less else 0.0
-        low, high = self.found[label, less], self.found[label, more]
-        return {seed: low[seed] ** (1 - share) * high[seed] ** share for seed in low.keys() & high.keys()}
-
-    def ratio_of_operations(self, label: str, budget: int) -> str:
-        """Of a model to the best explicit network whose samples take as many operations."""
-        others = [self.interpolated(other, self.operations[label, budget]) for other in self.explicit]
-        least = min(others, key=lambda found: fmean(found.values()) if found else inf)
-        return ratio(self.found[label, budget], least)
-
-
-def ratio(own: dict[int, float], its: dict[int, float]) -> str:
-    """Of distances by seed to others, training by training: the geometric mean and the range. Below 1 the first are
-    ahead; bold where they are in every training."""
-    values = [own[seed] / its[seed] for seed in own.keys() & its.keys()]
-    if not values:
-        return ""
-    middle = f"{geometric_mean(values):.2f}"
-    text = f"**{middle}**" if max(values) < 1 else middle
-    return text if len(values) == 1 else f"{text} ({min(values):.2f} to {max(values):.2f})"
+    return markdown(result_of(path), *way)
 
 
 def ratios(path: str, labels: str, others: str, *way: str) -> str:
     """The Frechet distances of models relative to those of others, named by label and parted by commas."""
-    table = Distances(path, *way)
-    pairs = list(product(labels.split(","), others.split(",")))
-    table.budgets = [b for b in table.budgets if any(table.ratio(*pair, b) for pair in pairs)]
-    lines = table.head("ratio of distances")
-    for label, other in pairs:
-        name = f"{table.titles[label]} / {table.titles[other]}"
-        lines.append(row([name, *(table.ratio(label, other, budget) for budget in table.budgets)]))
-    return "\n".join(lines)
+    return comparison.ratios(result_of(path), labels.split(","), others.split(","), *way)
 
 
 def best(path: str, *way: str) -> str:
-    """The best explicit network at each budget, the best fixed point network, and what the one has of the other's; also
-    of what the best explicit network has that spends as many operations, since block passes do not count injections."""
-    table = Distances(path, *way)
-    chosen = [[table.lowest(kind, budget) for budget in table.budgets] for kind in (table.explicit, table.implicit)]
-    lines = table.head("block passes")
-    for name, labels in zip(("best DiT", "best FPDM"), chosen, strict=True):
-        cells = [f"{table.titles[label]}: {significant(fmean(table.found[label, budget].values()))}"
-                 for label, budget in zip(labels, table.budgets, strict=True)]  # fmt: skip
-        lines.append(row([name, *cells]))
-    at_passes = [table.ratio(own, other, b) for other, own, b in zip(*chosen, table.budgets, strict=True)]
-    at_operations = [table.ratio_of_operations(own, b) for own, b in zip(chosen[1], table.budgets, strict=True)]
-    lines += [row(["FPDM relative to DiT", *at_passes]), row(["at as many operations", *at_operations])]
-    return "\n".join(lines)
+    return comparison.best(result_of(path), *way)
+
+
+def choices(steps: str, operations: str, other: str, way: str, *places: str) -> str:
+    """Networks to choose; a place is a budget, a colon and a model's label."""
+    parted = [(int(budget), label) for budget, _, label in (place.partition(":") for place in places)]
+    return comparison.choices(result_of(steps), result_of(operations), result_of(other), parted, way)
 
 
 def performance(path: str) -> str:
@@ -376,6 +300,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "experiment": experiment,
     "ratios": ratios,
     "best": best,
+    "choices": choices,
     "metrics": metrics,
     "models": models,
     "ladder": ladder,
