@@ -240,7 +240,10 @@ def performance(path: str) -> str:
                 spread = f" ({one['low']:.2f} to {one['high']:.2f})" if name == "ratio" else ""
                 verdict = "holds" if (value >= bar if more else value <= bar) else "**fails**"
                 limit = f"{'>=' if more else '<='} {bar:.3g}"
-                lines.append(row([part, str(one.get("batch", "")), name, f"{value:.3g}{spread}", limit, verdict]))
+                early = f"{one['finished early']} of {one['of']} early" if "finished early" in one else ""
+                lines.append(
+                    row([part, early or str(one.get("batch", "")), name, f"{value:.3g}{spread}", limit, verdict])
+                )
     return "\n".join(lines)
 
 

@@ -111,6 +111,8 @@ def test_a_folder_that_is_no_pipeline_is_refused(pipe, tmp_path):
         FixedPointDiTPipeline.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="there is no folder"):
         FixedPointDiTPipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="there is no folder runs/nowhere"):
+        FixedPointDiTPipeline.from_pretrained("runs/nowhere")
 
 
 def test_names_mean_what_they_do_on_the_command_line(pipe, tmp_path, monkeypatch):

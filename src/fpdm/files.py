@@ -144,7 +144,7 @@ def model_folder(name: str) -> str:
     if path.exists():
         raise ValueError(f"{name} is not a model folder: it has no model_index.json")
     first, _, rest = name.partition("/")
-    if not first or not rest or "/" in rest or first in (".", "..", "~") or Path(first).exists():
+    if not first or not rest or "/" in rest or first in (".", "..", "~", "runs") or Path(first).exists():
         near = nearest(path.name, os.listdir(path.parent)) if path.parent.is_dir() else None
         hint = f" Did you mean {path.parent / near}?" if near else ""
         inside = f" Models inside the package: {', '.join(shipped())}." if shipped() else ""

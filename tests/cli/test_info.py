@@ -134,3 +134,15 @@ def test_the_options_are_those_of_training():
     ]
     ours, theirs = (output.stdout[output.stdout.index("positional arguments:") :] for output in outputs)
     assert ours == theirs
+
+
+def test_all_settings_are_named_with_what_the_options_say(capsys):
+    said = info(capsys, *IMAGES, "--lr", 0.25, "--warm-share", 0.5)
+    settings = said.partition("settings, each an option of fpdm train\n")[2]
+    assert [line.split()[0] for line in settings.splitlines() if line[0] != " "] == [
+        "data", "diffusion", "gradient", "optimizer", "run",
+    ]  # fmt: skip
+    told = " ".join(settings.split())
+    assert all(words in told for words in ("lr 0.25,", "warm-share 0.5,", "image-size 16,", "beta-schedule cosine,"))
+    explicit = info(capsys, *IMAGES, "--network", "dit", "--depth", 2)
+    assert "warm-share" not in explicit

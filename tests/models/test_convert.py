@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fpdm import FixedPointDiTPipeline
+from fpdm.diffusion import make_schedule
 from fpdm.keyed import generator
 from fpdm.models import DiT, FixedPointDiT
 from fpdm.models.convert import iterations_per_call, load_paper_file
@@ -120,6 +122,16 @@ def written(path, weights, metadata):
 @pytest.fixture(params=CASES)
 def case(request):
     return CASES[request.param]
+
+
+def test_a_checkpoint_of_weights_alone_draws_images(tmp_path):
+    path = tmp_path / "dit.safetensors"
+    save_file(weights(CONFIG), path, {"config": json.dumps(CONFIG)})
+    pipe = FixedPointDiTPipeline(load_paper_file(path), make_schedule())
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe([2], budget=3 * 5, guidance_scale=1.5, guidance_channels=1, seed=0, output_type="pt").images
+    assert images.shape == (1, 1, 4, 4)
+    assert images.isfinite().all()
 
 
 def test_a_file_becomes_the_network_it_was_made_from(case, tmp_path):

@@ -67,6 +67,32 @@ def test_where_it_has_one_it_is_taken(changes):
     build(tiny(**changes))
 
 
+@pytest.fixture
+def configured(monkeypatch):
+    """Sets what `accelerate launch` would, of its options or its configuration."""
+    yield lambda **values: [monkeypatch.setenv(f"ACCELERATE_{name}", value) for name, value in values.items()]
+    AcceleratorState._reset_state(reset_partial_state=True)  # other modules are to see nothing of it
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "flag"),
+    [
+        ("MIXED_PRECISION", "bf16", "--mixed-precision bf16"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", "--accumulation"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "--compile"),
+    ],
+)
+def test_what_accelerate_was_told_otherwise_is_refused(name, value, flag, configured, tmp_path):
+    configured(**{name: value})
+    with pytest.raises(ValueError, match=f"accelerate was configured or launched with .*: say {flag}"):
+        Trainer(tiny(), tmp_path / "run")
+
+
+def test_what_a_plain_launch_always_says_is_no_contradiction(configured, tmp_path):
+    configured(MIXED_PRECISION="no", GRADIENT_ACCUMULATION_STEPS="1", DYNAMO_BACKEND="NO")
+    assert Trainer(tiny(mixed_precision="bf16"), tmp_path / "run").accelerator.mixed_precision == "bf16"
+
+
 @pytest.mark.parametrize("name", ["no_grad_max", "with_grad_max"])
 def test_counts_of_iterations_have_no_effect_on_an_explicit_network(name):
     build(tiny(**DIT, **{name: 3}))  # recipes set them

@@ -1,7 +1,7 @@
 """Measure how good samples are: Frechet and kernel distance, precision, recall, accuracy, nearest real images.
 
   fpdm evaluate samples --data digits                    a folder of images, or an .npz file in the ADM layout
-  fpdm evaluate runs/digits --data digits --num-images 1000 --budget 160 --steps 40 --out evaluation
+  fpdm evaluate runs/digits --data digits --num-images 1000 --budget 160 --out evaluation
                                                          draws the samples first, what is missing of them
 
 Each number comes with a 95% interval, and with the same number for real images against other real images: the floor.
@@ -40,7 +40,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> Any:
     """What samples are measured against, and how: a group of options."""
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--data", required=True, metavar="DATA",
-                           help="real images: a folder of images or of IDX files, an .npz file, or digits")  # fmt: skip
+                           help="real images: a folder of them, IDX files, .npz file, hub:NAME, or digits")  # fmt: skip
     measuring.add_argument("--split", default="train", metavar="SPLIT",
                            help="of IDX files, or of a data set of Hugging Face's (train)")  # fmt: skip
     measuring.add_argument("--features", metavar="{classifier,efficientnet-lite0,inception,dinov2}",

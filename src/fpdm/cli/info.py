@@ -9,6 +9,7 @@ that of one process.
 """
 
 import argparse
+import textwrap
 from typing import TYPE_CHECKING
 
 from fpdm.cli import train
@@ -41,7 +42,21 @@ def run(options: argparse.Namespace) -> int:
     print_steps(config, model, steps)
     print_samples(model)
     print_memory(config, source, steps)
+    print_settings(config)
     return 0
+
+
+def print_settings(config: Config) -> None:
+    """All that the recipe and the options say, but for the network, and what has no effect on an explicit one."""
+    print("\nsettings, each an option of fpdm train")
+    for group, values in config.to_dict().items():
+        if group != "model" and not (group == "gradient" and config.model.network == "dit"):
+            words = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items())
+            print(
+                textwrap.fill(
+                    words, 118, initial_indent=f"{group:10} ", subsequent_indent=" " * 11, break_on_hyphens=False
+                )
+            )
 
 
 def print_network(config: Config, model: "Denoiser") -> None:

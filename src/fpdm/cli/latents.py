@@ -1,6 +1,6 @@
 """Encode images with an autoencoder once, so that training reads latents.
 
-  fpdm latents DIR --vae stabilityai/sd-vae-ft-ema --image-size 256 --out latents
+  fpdm latents DIR --vae stabilityai/sd-vae-ft-ema --image-size 256 --flip --out latents
   fpdm train ffhq256 --data latents
   accelerate launch -m fpdm latents DIR --vae VAE --out latents       on several devices
 

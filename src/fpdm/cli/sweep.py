@@ -1,6 +1,6 @@
 """Measure quality against compute: models x budgets x schedulers, with a report that opens in a browser.
 
-  fpdm sweep runs/digits runs/dit8 --data digits --budgets 24,40,80,160,320,560 --schedulers ddpm,ddim,dpm++ --out sweep
+  fpdm sweep runs/digits runs/dit8 --data digits --budgets 24,40,80,160,320,560 --out sweep
 
 Each point is kept as JSON in OUT/points as soon as it is measured, and OUT/report.html shows all of them. Ctrl-C stops;
 the same command goes on, and further models, budgets and schedulers may be added.
@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     points = parser.add_argument_group("points")
     points.add_argument("--budgets", default="24,40,80,160,320,560", metavar="N,N...",
                         help="block passes per image (24,40,80,160,320,560)")  # fmt: skip
-    points.add_argument("--schedulers", default="ddpm,ddim,dpm++", metavar="NAME,...", help="(ddpm,ddim,dpm++)")
+    points.add_argument("--schedulers", default="unipc,dpm++,ddim,ddpm", metavar="NAME,...",
+                        help="(unipc,dpm++,ddim,ddpm)")  # fmt: skip
     points.add_argument("--iterations", metavar="N,N...",
                         help="per timestep; each makes a plan of every budget (default: one default plan)")  # fmt: skip
     points.add_argument("--allocations", default="constant", metavar="NAME,...",

@@ -8,7 +8,7 @@ def cifar10() -> Config:
     fpdm train cifar10 --data DIR/train     one GPU; not measured yet
     """
     return Config().with_fields(
-        source="folder",
+        source="auto",
         image_size=32,
         model="S/2",
         **form("1+1+1"),

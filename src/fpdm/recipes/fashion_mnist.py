@@ -8,7 +8,7 @@ def fashion_mnist() -> Config:
     fpdm train fashion_mnist --data DIR     two cores, no GPU: about an hour (195 images/s)
     """
     return Config().with_fields(
-        source="idx",
+        source="auto",
         image_size=28,
         channels=1,
         hidden_size=128,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -24,10 +24,10 @@ SUPPORTED = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULT
 
 
 def make_accelerator(config: Config, folder: Path) -> Accelerator:
-    """accelerate's view of the devices.
+    """accelerate's view of the devices, and nothing else of how it was configured or launched.
 
-    Raises ValueError for a device or compiler that is not there, a launch that is not plain, or one whose processes are
-    not in use.
+    Raises ValueError for a device or compiler that is not there, a launch that is not plain, one that sets what the
+    config does otherwise, or one whose processes are not in use.
     """
     run = config.run
     cpu = pick_device(run.device) == "cpu"
@@ -44,6 +44,7 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
             f"a launch with {kind} is not supported: launch plainly on one device or several, and share parameters "
             "over them with --sharding fsdp"
         )
+    refuse_contradictions(accelerator, run.mixed_precision)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != processes:
         raise ValueError(
@@ -60,6 +61,25 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
         torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = run.tf32
     return accelerator
+
+
+def refuse_contradictions(accelerator: Accelerator, mixed_precision: str) -> None:
+    """Raises ValueError for what `accelerate config` or `accelerate launch` set that training would do otherwise, or
+    leave out without a word."""
+    wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()  # a launch always says one, if only "no"
+    dynamo = accelerator.state.dynamo_plugin.backend
+    found = {
+        f"mixed precision {wanted}": (wanted in ("no", mixed_precision), f"--mixed-precision {wanted}"),
+        f"{accelerator.gradient_accumulation_steps} steps of gradient accumulation": (
+            accelerator.gradient_accumulation_steps == 1, "--accumulation, the parts of a batch"),
+        f"dynamo backend {dynamo.value}": (dynamo == DynamoBackend.NO, "--compile, which compiles the blocks"),
+    }  # fmt: skip
+    for what, (agreed, flag) in found.items():
+        if not agreed:
+            raise ValueError(
+                f"accelerate was configured or launched with {what}, which this run does not have: say {flag} instead, "
+                "and leave it out of accelerate's settings"
+            )
 
 
 def tracker_of(config: Config) -> str | None:
