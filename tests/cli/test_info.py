@@ -146,3 +146,4 @@ def test_all_settings_are_named_with_what_the_options_say(capsys):
     assert all(words in told for words in ("lr 0.25,", "warm-share 0.5,", "image-size 16,", "beta-schedule cosine,"))
     explicit = info(capsys, *IMAGES, "--network", "dit", "--depth", 2)
     assert "warm-share" not in explicit
+    assert "checkpointing False" in explicit, "which a DiT has, too"

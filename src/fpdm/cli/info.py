@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from fpdm.cli import train
 from fpdm.cli.quiet import quiet_libraries
-from fpdm.training.config import Config
+from fpdm.training.config import FIXED_POINT_ONLY, Config
 
 if TYPE_CHECKING:
     from fpdm.data import Source
@@ -48,15 +48,13 @@ def run(options: argparse.Namespace) -> int:
 
 def print_settings(config: Config) -> None:
     """All that the recipe and the options say, but for the network, and what has no effect on an explicit one."""
+    without_effect = FIXED_POINT_ONLY if config.model.network == "dit" else ()
     print("\nsettings, each an option of fpdm train")
     for group, values in config.to_dict().items():
-        if group != "model" and not (group == "gradient" and config.model.network == "dit"):
-            words = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in values.items())
-            print(
-                textwrap.fill(
-                    words, 118, initial_indent=f"{group:10} ", subsequent_indent=" " * 11, break_on_hyphens=False
-                )
-            )
+        if group != "model":
+            told = [f"{name.replace('_', '-')} {v}" for name, v in values.items() if name not in without_effect]
+            print(textwrap.fill(", ".join(told), 118, initial_indent=f"{group:10} ", subsequent_indent=" " * 11,
+                                break_on_hyphens=False))  # fmt: skip
 
 
 def print_network(config: Config, model: "Denoiser") -> None:

@@ -67,19 +67,20 @@ def refuse_contradictions(accelerator: Accelerator, mixed_precision: str) -> Non
     """Raises ValueError for what `accelerate config` or `accelerate launch` set that training would do otherwise, or
     leave out without a word."""
     wanted = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()  # a launch always says one, if only "no"
-    dynamo = accelerator.state.dynamo_plugin.backend
-    found = {
-        f"mixed precision {wanted}": (wanted in ("no", mixed_precision), f"--mixed-precision {wanted}"),
-        f"{accelerator.gradient_accumulation_steps} steps of gradient accumulation": (
-            accelerator.gradient_accumulation_steps == 1, "--accumulation, the parts of a batch"),
-        f"dynamo backend {dynamo.value}": (dynamo == DynamoBackend.NO, "--compile, which compiles the blocks"),
-    }  # fmt: skip
-    for what, (agreed, flag) in found.items():
-        if not agreed:
-            raise ValueError(
-                f"accelerate was configured or launched with {what}, which this run does not have: say {flag} instead, "
-                "and leave it out of accelerate's settings"
-            )
+    steps, dynamo = accelerator.gradient_accumulation_steps, accelerator.state.dynamo_plugin.backend
+    said = []
+    if wanted not in ("no", mixed_precision):
+        said.append((f"mixed precision {wanted}", f"--mixed-precision {wanted}"))
+    if steps != 1:
+        said.append((f"{steps} steps of gradient accumulation", "--accumulation, the parts of a batch"))
+    if dynamo != DynamoBackend.NO:
+        said.append((f"dynamo backend {dynamo.value}", "--compile, which compiles the blocks"))
+    if said:
+        found, flags = (" and ".join(words) for words in zip(*said, strict=True))
+        raise ValueError(
+            f"accelerate was configured or launched with {found}, which this run does not have: say {flags} instead, "
+            "and leave it out of accelerate's settings"
+        )
 
 
 def tracker_of(config: Config) -> str | None:
