@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from operator import index
 from pathlib import Path
@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fpdm.arguments import guidance_of, labels_of, named, replacing, whole
+from fpdm.batching import check_parts, courses_of
 from fpdm.files import model_folder
-from fpdm.fixedpoint import Picard, Solver, Status
+from fpdm.fixedpoint import Solver, Status
 from fpdm.models import Output
 
 # The folder's index names the modules of the classes: these imports and paths are part of the file format.
@@ -33,7 +34,6 @@ from fpdm.sampling import (
     answered,
     calls_of,
     check_reuse,
-    check_shared,
     continuous,
     cost_of,
     course,
@@ -394,45 +394,10 @@ class FixedPointDiTPipeline(DiffusionPipeline):
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        if hasattr(self.transformer, "_hf_hook"):
-            raise ValueError("an offloaded network is called as a whole: draw its calls one after the other")
-        if original(self.transformer) is not self.transformer:
-            raise ValueError(
-                "this network was compiled as a whole: have `compile_repeated_blocks()` compile its blocks"
-            )
-        if isinstance(self.transformer, DiT):
-            raise ValueError("a network without iterations gains nothing here: draw its images in batches")
+        check_parts(self.transformer)
         self._interrupt = False
-        if isinstance(calls, Sequence) and not return_exceptions:
-            there = [call for call in calls if call is not None]
-            courses = [self._course_of(self._numbered(*numbered)) for numbered in enumerate(there)]
-            yield from continuous(courses, batch_size)
-        else:
-            yield from continuous(map(self._course_of, calls), batch_size, return_exceptions)
-
-    def _numbered(self, number: int, call: Mapping[str, Any]) -> Request:
-        """A call of a list, checked. Its number is a note to what is raised."""
-        try:
-            return self._checked(call)
-        except Exception as error:
-            error.add_note(f"in call {number}")
-            raise
-
-    def _checked(self, call: Mapping[str, Any]) -> Request:
-        """The request of a call among others, which are all solved by Picard's iteration, those of tuned plans too."""
-        asked = self.request(**call)
-        asked = replace(asked, solver=Picard()) if asked.tuned else asked
-        check_shared(asked.solver)
-        return asked
-
-    def _course_of(self, call: Mapping[str, Any] | Request | None) -> Drawing | None:
-        """The course of a call, which is checked when it begins: what it raises is its own."""
-
-        def begun(call: Mapping[str, Any] | Request) -> Drawing:
-            asked = call if isinstance(call, Request) else self._checked(call)
-            return (yield from self.drawing(asked, alone=False))
-
-        return None if call is None else begun(call)
+        courses = courses_of(self, calls, one_by_one=return_exceptions)
+        yield from continuous(courses, batch_size, return_exceptions)
 
     @torch.no_grad()
     def decode(self, x: Tensor, output_type: str = "pil") -> Any:

@@ -11,8 +11,6 @@ import torch
 from PIL import Image
 
 from fpdm.data import BrokenImage, HubImages, ImagePreparation, Stream, hub_images
-from fpdm.training.build import open_source
-from fpdm.training.config import DataConfig
 from tests.data.pictures import gather, number_of, picture, pixels_of
 
 datasets = pytest.importorskip("datasets")
@@ -64,13 +62,6 @@ def test_a_folder_of_splits(tmp_path):
     assert (len(hub_images(folder)), len(hub_images(folder, "held_out"))) == (6, 2)
     with pytest.raises(ValueError, match=r"unknown split 'held'. Did you mean 'held_out'\?.* train, held_out"):
         hub_images(folder, "held")
-
-
-def test_training_takes_the_part_that_it_is_told(tmp_path):
-    folder = saved(tmp_path / "a", datasets.DatasetDict(full=data(5), held_out=data(2)))
-    assert numbers(open_source(DataConfig("datasets", str(folder), split="full"))) == list(range(5))
-    with pytest.raises(ValueError, match=r"unknown split 'train'.* full, held_out"):
-        open_source(DataConfig("datasets", str(folder)))
 
 
 def test_a_part_that_was_saved_alone_has_one_split(tmp_path):

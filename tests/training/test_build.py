@@ -10,11 +10,12 @@ from fpdm.cli import info
 from fpdm.cli.main import main
 from fpdm.recipes import RECIPES, recipe
 from fpdm.training import dry
-from fpdm.training.build import build
-from fpdm.training.config import GRADIENTS
+from fpdm.training.build import build, open_source
+from fpdm.training.config import GRADIENTS, DataConfig
 from fpdm.training.dry import dry_run, reduced
 from fpdm.training.loop import Trainer
 from tests.commands import contents
+from tests.data.pictures import number_of, picture
 from tests.training.runs import log_of, tensors_of, tiny
 
 DIT = {"network": "dit", "depth": 2}
@@ -91,6 +92,21 @@ def test_what_accelerate_was_told_otherwise_is_refused(name, value, flag, config
 def test_what_a_plain_launch_always_says_is_no_contradiction(configured, tmp_path):
     configured(MIXED_PRECISION="no", GRADIENT_ACCUMULATION_STEPS="1", DYNAMO_BACKEND="NO")
     assert Trainer(tiny(mixed_precision="bf16"), tmp_path / "run").accelerator.mixed_precision == "bf16"
+
+
+def test_training_takes_the_part_that_it_is_told(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    images = datasets.Features({"image": datasets.Image()})
+    parts = {"full": 5, "held_out": 2}
+    datasets.DatasetDict({
+        name: datasets.Dataset.from_dict({"image": [{"bytes": picture(i), "path": None} for i in range(n)]}, images)
+        for name, n in parts.items()
+    }).save_to_disk(tmp_path / "a")  # fmt: skip
+    for name, n in parts.items():
+        source = open_source(DataConfig("datasets", str(tmp_path / "a"), split=name))
+        assert [number_of(source.load(i)[0]) for i in range(len(source))] == list(range(n))
+    with pytest.raises(ValueError, match=r"unknown split 'train'.* full, held_out"):
+        open_source(DataConfig("datasets", str(tmp_path / "a")))
 
 
 @pytest.mark.parametrize("name", ["no_grad_max", "with_grad_max"])
