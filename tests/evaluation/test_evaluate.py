@@ -477,6 +477,16 @@ def test_the_test_split_is_seen_by_a_classifier_of_the_training_split(tmp_path, 
     assert any("among the test images only" in note for note in copies.notes)
 
 
+def test_a_test_split_without_one_to_train_on_takes_a_classifier_that_has_learned(tmp_path):
+    write_idx(tmp_path, "t10k", OTHERS)
+    asked = {"split": "test", "features": "classifier", "cache": tmp_path / "cache"}
+    with pytest.raises(
+        ValueError, match=r"'test' is measured, .* learns from 'train': .*\(--weights\), .*\(--features"
+    ):
+        Instrument.open(str(tmp_path), 8, **asked)
+    assert Instrument.open(str(tmp_path), 8, weights=CARRIED, **asked).reference.moments.count == len(OTHERS)
+
+
 def test_copies_are_looked_for_among_the_images_to_train_on(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "MOST_STEPS", 20)
     write_idx(tmp_path, "train", SHOWN)

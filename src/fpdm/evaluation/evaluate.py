@@ -95,8 +95,8 @@ class Instrument:
         path = None if statistics is None else Path(statistics)
         if path is not None and not path.is_file():
             check_writable(path.parent)
-        learn = features == "classifier" and split != "train"
-        learned_from = open_images(data, read_as, size=size) if learn else source
+        learns = features == "classifier" and weights is None and split != "train"
+        learned_from = to_learn_from(data, read_as, split, size) if learns else source
         extractor = make_extractor(features, weights, device, learned_from, size, cache)
         if path is None:
             reference = reference_in(cache, source, size, extractor, say)
@@ -301,6 +301,17 @@ def opened(data: str, channels: int, split: str, size: int) -> Source:
     source = open_images(data, channels, split, size=size)
     check_count(len(source), data)
     return source
+
+
+def to_learn_from(data: str, channels: int, split: str, size: int) -> Source:
+    """The images that the classifier learns from where those of another part are measured: those to train on."""
+    try:
+        return open_images(data, channels, size=size)
+    except ValueError as error:
+        raise ValueError(
+            f"the split {split!r} is measured, and its classifier learns from 'train': {error}. Give it weights "
+            "(--weights), or see by another network (--features)"
+        ) from error
 
 
 def check_count(count: int, data: str) -> None:
