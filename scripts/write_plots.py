@@ -1,12 +1,12 @@
 """Draw the plots of the docs that come from kept results.
 
-python scripts/write_plots.py          writes docs/images/solver_images.png, shares.png, and one of each table of
-                                       reproduction.md
+python scripts/write_plots.py          writes docs/images/solver_images.png, shares.png, ahead.png, and one of
+                                       each table of reproduction.md
 """
 
 import json
 from pathlib import Path
-from statistics import mean
+from statistics import geometric_mean, mean
 from typing import Any
 
 import matplotlib
@@ -14,12 +14,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from fpdm.experiments.comparison import Distances, quotients
 from fpdm.experiments.plots import plot
 
 ROOT = Path(__file__).parents[1]
 REPRODUCTION = "benchmarks/results/2026-11-23-reproduction"
 PERFORMANCE = "benchmarks/results/2026-11-23-performance/performance.json"
 LADDERS = {"digits": "2026-11-23-ladder-digits", "Fashion-MNIST": "2026-11-23-ladder-fashion"}
+MAIN = {"digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 SOLVERS, COUNTS, BUDGETS = {"picard": "o", "anderson:2": "s", "broyden": "^"}, (2, 4, 8), {40: "C0", 80: "C1"}
 
 
@@ -72,7 +74,38 @@ def shares(path: Path) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 
+def ahead(path: Path) -> None:
+    """What the best fixed point network's distance is of the best DiT's, a line per scheduler, a panel per data set."""
+    figure, axes = plt.subplots(1, len(MAIN), figsize=(11, 4.2), layout="constrained", sharey=True)
+    for axis, (name, data) in zip(axes, MAIN.items(), strict=True):
+        result = json.loads((ROOT / REPRODUCTION / f"main-{name}.json").read_text())
+        for place, way in enumerate(result["ways"]):
+            table = Distances(result, way)
+            values = [ratios_at(table, budget) for budget in table.budgets]
+            means = [geometric_mean(some) for some in values]
+            spread = [[m - min(some) for m, some in zip(means, values, strict=True)],
+                      [max(some) - m for m, some in zip(means, values, strict=True)]]  # fmt: skip
+            places = [budget * (1 + 0.03 * (place - 1.5)) for budget in table.budgets]
+            look = {"marker": "o^sD"[place], "markersize": 5, "linewidth": 1.2, "capsize": 2}
+            axis.errorbar(places, means, spread, label=way, **look)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(title=data, xlabel="block passes per image", xscale="log")
+        axis.set_xticks(result["budgets"], list(map(str, result["budgets"])))
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("best FPDM / best DiT, below 1 FPDM is ahead")
+    axes[-1].legend(fontsize=8)
+    figure.savefig(path, format="png", dpi=110)
+
+
+def ratios_at(table: Distances, budget: int) -> list[float]:
+    """Of each training."""
+    own, other = table.best(budget)
+    return quotients(table.of(own, budget), table.of(other, budget))
+
+
 if __name__ == "__main__":
+    ahead(ROOT / "docs/images/ahead.png")
     shares(ROOT / "docs/images/shares.png")
     solver_images(ROOT / "docs/images/solver_images.png")
     for path in sorted((ROOT / REPRODUCTION).glob("*.json")):

@@ -161,21 +161,15 @@ def test_what_is_chosen_is_of_the_first_training_and_drawn_by_all(bench, trained
 # What is reported
 
 
-def test_later_trainings_have_the_best_way_of_each_budget(bench, trained, tmp_path):
+def test_all_trainings_are_measured_in_all_ways(bench, trained, tmp_path):
     bench.distance = preferring(scheduler="dpm++")
     result = experiment(tmp_path / "out", trained).run()
-    first = {(label, 0, way, budget) for label in MODELS for way, axes in WAYS.items() for budget in axes.budgets}
-    later = {(label, 1, way, budget) for label in MODELS for way, budget in (("ddim", 6), ("dpm", 12))}
-    assert cells(result) == first | later
-    assert len(bench.of("report")) == len(first | later), "no more are measured"
-
-
-def test_the_only_model_of_a_table_has_all_ways_of_all_trainings(bench, trained, tmp_path):
-    bench.distance = preferring(scheduler="dpm++")
-    result = experiment(tmp_path / "out", trained, ALONE).run()
     assert cells(result) == {
-        ("looped", seed, way, budget) for seed in (0, 1) for way, axes in WAYS.items() for budget in axes.budgets
-    }
+        (label, seed, way, budget)
+        for label in MODELS for seed in GROUND.seeds for way, axes in WAYS.items() for budget in axes.budgets
+    }  # fmt: skip
+    assert len(bench.of("report")) == len(cells(result)), "no more are measured"
+    assert {place[1] for place in cells(result) if cell(result, *place)["best"] and place[2:] == ("dpm", 12)} == {0, 1}
 
 
 def test_the_reporting_has_noise_of_its_own_and_as_many_images_as_asked(bench, trained, tmp_path):
@@ -364,7 +358,7 @@ def test_a_table_that_has_got_more_models_is_gone_on_with(salt, bench, trained, 
 
 
 def test_only_what_is_missing_is_done(bench, trained, tmp_path, monkeypatch):
-    """Here the later ones, too, where another way turns out to be better than what is kept."""
+    """Of the later training, too, and where another way turns out to be better than what is kept."""
     bench.distance = preferring(scheduler="dpm++")
     experiment(tmp_path / "elsewhere", trained).run(Part(models=["plain"]))
     experiment(tmp_path / "elsewhere", trained).run(Part(models=["looped"], ways=["ddim"]))
@@ -376,19 +370,17 @@ def test_only_what_is_missing_is_done(bench, trained, tmp_path, monkeypatch):
     assert {(p.label, p.budget, p.choices.scheduler) for p in bench.of("report")[drawn:]} == {
         ("looped-12-seed0", 12, "dpm++"), ("looped-12-seed1", 12, "dpm++"),
     }  # fmt: skip
-    assert ("looped", 1, "ddim", 12) not in cells(result), "it is not the best any more"
+    assert [cell(result, "looped", seed, way, 12)["best"] for seed in (0, 1) for way in WAYS] == [False, True] * 2
 
 
 @pytest.mark.parametrize("where", ["here", "elsewhere"])
-def test_what_was_the_best_is_kept_until_what_is_better_is_measured(where, bench, trained, tmp_path):
-    """Of later trainings: all were measured with the one way, and then the first with the other, which is better."""
+def test_what_all_trainings_have_is_shown_until_they_have_what_is_better(where, bench, trained, tmp_path):
+    """All were measured in the one way, and then the first in the other, which is better."""
     bench.distance = preferring(scheduler="dpm++")
     kept = json.loads(json.dumps(experiment(tmp_path / "elsewhere", trained).run(Part(ways=["ddim"]))))
     one = experiment(tmp_path / where, trained, kept=kept if where == "here" else None)
     result = one.run(Part(seeds=[0]))
     assert cells(result) >= cells(kept)
-    assert [cell(result, "looped", 0, way, 12)["best"] for way in WAYS] == [False, True]
-    assert not cell(result, "looped", 1, "ddim", 12)["best"]
     shown = {label: values for label, _, values in lines_of(result, None)}
     of_both = [cell(result, "looped", seed, "ddim", 12) for seed in GROUND.seeds]
     assert shown["looped"][12] == [point["measures"]["FD-fake"][0] for point in of_both]

@@ -53,6 +53,10 @@ class Distances:
         return min((fmean(self.of(label, budget).values()), label) for label in labels
                    if (label, budget) in self.points)[1]  # fmt: skip
 
+    def best(self, budget: int) -> tuple[str, str]:
+        """The fixed point network and the explicit one whose means are the lowest."""
+        return self.lowest(self.implicit, budget), self.lowest(self.explicit, budget)
+
     def interpolated(self, label: str, operations: float) -> BySeed:
         """Seed -> the distance of samples of so many operations, on a line through the logarithms between the budgets
         that cost less and more; none where one of these is missing."""
@@ -73,10 +77,15 @@ class Distances:
         return ratio(self.of(label, budget), least)
 
 
+def quotients(own: BySeed, its: BySeed) -> list[float]:
+    """Of distances by seed to others, training by training."""
+    return [own[seed] / its[seed] for seed in own.keys() & its.keys()]
+
+
 def ratio(own: BySeed, its: BySeed) -> str:
     """Of distances by seed to others, training by training: the geometric mean and the range. Below 1 the first are
     ahead; bold where they are in every one of several trainings."""
-    values = [own[seed] / its[seed] for seed in own.keys() & its.keys()]
+    values = quotients(own, its)
     if not values:
         return ""
     middle = f"{geometric_mean(values):.2f}"
@@ -101,14 +110,14 @@ def best(result: Row, way: str | None = None) -> str:
     """The best explicit network at each budget, the best fixed point network, and what the one has of the other's; also
     of what the best explicit network has that spends as many operations, since block passes do not count injections."""
     table = Distances(result, way)
-    chosen = [[table.lowest(kind, budget) for budget in table.budgets] for kind in (table.explicit, table.implicit)]
+    own, other = zip(*map(table.best, table.budgets), strict=True)
     lines = table.head("block passes")
-    for name, labels in zip(("best DiT", "best FPDM"), chosen, strict=True):
+    for name, labels in (("best DiT", other), ("best FPDM", own)):
         cells = [f"{table.titles[label]}: {significant(fmean(table.of(label, budget).values()))}"
                  for label, budget in zip(labels, table.budgets, strict=True)]  # fmt: skip
         lines.append(row([name, *cells]))
-    at_passes = [table.ratio(own, other, b) for other, own, b in zip(*chosen, table.budgets, strict=True)]
-    at_operations = [table.ratio_of_operations(own, b) for own, b in zip(chosen[1], table.budgets, strict=True)]
+    at_passes = [table.ratio(*place) for place in zip(own, other, table.budgets, strict=True)]
+    at_operations = [table.ratio_of_operations(*place) for place in zip(own, table.budgets, strict=True)]
     lines += [row(["FPDM relative to DiT", *at_passes]), row(["at as many operations", *at_operations])]
     return "\n".join(lines)
 

@@ -87,11 +87,7 @@ def needed_by(experiment: Experiment, part: Part, trainings: list[Training], mis
                 choosing += chosen_on * draws * sum(own)
         for training in trainings:
             kept = {way for way, b in experiment.kept_of(label, training.seed) if b == budget}
-            if experiment.has_all_ways(training.seed):
-                per_image = sum(value for way, value in most.items() if way not in kept)
-            else:
-                per_image = 0.0 if kept else max(most.values(), default=0.0)
-            reporting += experiment.ground.reported_on * per_image
+            reporting += experiment.ground.reported_on * sum(most[way] for way in most.keys() - kept)
     return Needed(training_time, choosing, reporting)
 
 

@@ -64,12 +64,10 @@ class Experiment:
         something else, and for data that is not there.
         """
         self.check(part)
-        firsts = [t for t in self.trainings(part) if t.seed == self.ground.seeds[0]]
+        trainings = self.trainings(part)
         try:
-            train_missing(firsts, self.runs, self.processes, self.say)
-            self.choose(firsts, part)
-            trainings = self.trainings(part)  # what is asked of later ones is known by now
             train_missing(trainings, self.runs, self.processes, self.say)
+            self.choose([training for training in trainings if training.seed == self.ground.seeds[0]], part)
             self.report(trainings, part)
         finally:
             result = self.result()
@@ -115,15 +113,7 @@ class Experiment:
             for budget in axes.budgets
             if part.has(way=way, budget=budget)
         }
-        if self.has_all_ways(training.seed):
-            return asked <= there
-        best = {(row["way"], row["budget"]) for row in self.reported_by(training)}
-        unknown = {budget for _, budget in asked} - {budget for _, budget in best}  # not chosen yet
-        return bool(there) and asked & best <= there and unknown <= {budget for _, budget in there}
-
-    def has_all_ways(self, seed: int) -> bool:
-        """Whether all ways are measured of a seed's trainings: of the first seed, and of the only model of a table."""
-        return seed == self.ground.seeds[0] or len(self.table.models) == 1
+        return asked <= there
 
     def changes(self, label: str) -> Row:
         """The fields of a model that differ from the recipe."""
@@ -216,15 +206,11 @@ class Experiment:
             pipe = load_pipeline(folder, "cpu", "float32")
             identity = digest(pipe.transformer)
             kept = self.kept_of(training.label, training.seed)
-            for row in self.reported_by(training):
+            for row in self.chosen(training.label):
                 if part.has(way=row["way"], budget=row["budget"]) and (row["way"], row["budget"]) not in kept:
                     point = Point.of(training.name, folder, identity, pipe, row["budget"], reported(row["choices"]))
                     points[point.key] = point
         self.measured("report", list(points.values()), self.ground.reported_on)
-
-    def reported_by(self, training: Training) -> list[Row]:
-        """The chosen plans that are measured of a training: of all ways, or at each budget of the best way."""
-        return [row for row in self.chosen(training.label) if row["best"] or self.has_all_ways(training.seed)]
 
     def measured(self, part: str, points: list[Point], images: int) -> dict[str, float]:
         """Point -> the Frechet distance of so many of its samples, of these and all that are there."""
@@ -263,7 +249,7 @@ class Experiment:
             "ways": list(self.table.ways),
             "budgets": self.table.budgets,
             "trainings": [{**written(t, self.runs), **self.cost(t), **self.convergence(t)} for t in trained],
-            "points": self.in_force(found),
+            "points": found,
             "real": some and {name: m["floor"] for name, m in measures(some).items()},
         }
         return kepts.compact(made if self.kept is None else self.joined(made, kepts.expanded(self.kept)))
@@ -272,8 +258,7 @@ class Experiment:
         """What is kept, and what was made here besides, as a result that was computed in one place has it."""
         best = {(label, self.place(row)): row["best"] for label in self.table.models for row in self.chosen(label)}
         points = {(row["model"], row["seed"], self.place(row)): row for row in [*made["points"], *kept["points"]]}
-        marked = [{**row, "best": best.get((label, place), row["best"])} for (label, _, place), row in points.items()]
-        points = {(row["model"], row["seed"], self.place(row)): row for row in self.in_force(marked)}
+        points = {key: {**row, "best": best.get((key[0], key[2]), row["best"])} for key, row in points.items()}
         there = {key[:2] for key in points}
         trainings = {(row["model"], row["seed"]): row for row in [*made["trainings"], *kept["trainings"]]}
         labels, seeds = list(self.table.models), self.ground.seeds
@@ -287,16 +272,6 @@ class Experiment:
             "points": order(points),
             "real": made["real"] or kept["real"],
         }
-
-    def in_force(self, points: list[Row]) -> list[Row]:
-        """Without what another way has taken the place of: of later trainings, a way that was the best until others
-        were asked for is kept as long as the new best one is not measured."""
-        new = {(p["model"], p["seed"], p["budget"]) for p in points if p["best"]}
-        return [
-            p
-            for p in points
-            if p["best"] or self.has_all_ways(p["seed"]) or (p["model"], p["seed"], p["budget"]) not in new
-        ]
 
     def cost(self, training: Training) -> Row:
         """Parameters and operations of a training."""
