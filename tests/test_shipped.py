@@ -41,7 +41,10 @@ def test_a_model_is_found_by_its_name(inside):
     assert files.model_folder("tiny") == str(inside / "tiny")
     pipe = FixedPointDiTPipeline.from_pretrained("tiny")
     assert len(pipe([3], budget=8, seed=0).images) == 1
+    assert files.model_folder("tiny/") == str(inside / "tiny"), "as a shell completes it"
     assert digest(FixedPointDiT.from_pretrained("tiny", subfolder="transformer")) == digest(pipe.transformer)
+    config = FixedPointDiT.load_config("tiny", subfolder="transformer")
+    assert config["hidden_size"] == pipe.transformer.config.hidden_size
 
 
 def test_a_folder_of_the_name_goes_before_if_it_holds_a_model(inside):

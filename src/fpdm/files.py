@@ -129,6 +129,7 @@ def model_folder(name: str) -> str:
 
     Raises ValueError for a local folder that holds no model, or one of another kind.
     """
+    name = name.rstrip("/") or name  # as a shell completes it
     path = Path(name)
     for folder in (path, path / "pipeline"):
         if (folder / "model_index.json").is_file():

@@ -581,6 +581,11 @@ def test_numbers_that_are_names_mean_the_classes_called_so_in_ranges_too(text, c
     assert parse_classes(text, 12, names) == classes
 
 
+def test_spaces_about_classes_are_left_out_where_no_name_has_them():
+    assert parse_classes("t-shirt, bag,  2-3", 4, ["bag", "t-shirt", "coat", " bag"]) == [1, 3, 2, 3]
+    assert parse_classes("a - b", 2, ["a - b", "a"]) == [0]
+
+
 def test_classes_that_are_counted_from_one_may_be_all_in_a_range():
     names = [str(number) for number in range(1, 11)]
     assert parse_classes("1-10", 10, names) == list(range(10))

@@ -174,3 +174,10 @@ def test_methods_tell_which_iterates_they_differentiate(gradient, most, iterates
 def test_bad_settings_are_named(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_implicit_has_no_derivative_of_its_own():
+    problem = Linear()
+    value = problem.solution(Implicit(**EXACT), 200).value
+    with pytest.raises(RuntimeError, match=r"the implicit gradient has no derivative \(create_graph=True\)"):
+        torch.autograd.grad(value.sum(), problem.w, create_graph=True)

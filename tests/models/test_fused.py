@@ -194,11 +194,24 @@ def test_products_with_the_jacobian_leave_parameters_out(lean, plain, count):
     assert all(gradient is not None for gradient in again)
 
 
-def test_second_derivatives_are_refused_rather_than_wrong():
-    x, *_ = inputs()
-    (gradient,) = torch.autograd.grad(gelu_linear(x, linear_layer()).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("lean", "plain", "count"), PAIRS)
+def test_second_derivatives_are_those_of_differences(lean, plain, count, bias):
+    arguments, layer = inputs(batch=2, tokens=3)[:count], linear_layer(bias=bias)
+    assert torch.autograd.gradgradcheck(lambda *a: lean(*a[:count], layer), (*arguments, *layer.parameters()))
+
+
+@pytest.mark.parametrize(("lean", "plain", "count"), PAIRS)
+def test_under_autocast_second_derivatives_are_near(lean, plain, count):
+    arguments, layer = inputs(torch.float32)[:count], linear_layer(torch.float32)
+    found = []
+    for function in (lean, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            value = function(*arguments, layer).float().square().mean()
+        (gradient,) = torch.autograd.grad(value, arguments[0], create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), layer.weight)[0])
+    assert found[0].dtype == torch.float32
+    torch.testing.assert_close(*found, rtol=0.1, atol=0.05 * float(found[1].abs().max()))
 
 
 def test_without_gradient_products_of_float32_are_the_same_and_counted(monkeypatch):

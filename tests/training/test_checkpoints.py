@@ -80,6 +80,12 @@ def test_the_checkpoint_before_a_damaged_one_is_used(name, copied, capsys):
     checkpoints.read(copied / "checkpoints", 10)
 
 
+def test_a_run_that_has_more_steps_than_are_asked_for_stays_as_it_is(copied):
+    before = (copied / "config.json").read_bytes()
+    assert Trainer(tiny(steps=5), copied).run() == "already finished"
+    assert (copied / "config.json").read_bytes() == before
+
+
 def test_checkpoints_of_versions_without_checksums_are_read(copied):
     (copied / "checkpoints/step-00000010/checksums.json").unlink()
     assert Trainer(tiny(), copied).run() == "already finished"

@@ -218,7 +218,8 @@ def parse_classes(text: str | None, count: int, names: list[str]) -> list[int] |
         raise ValueError("this model is unconditional: it has no classes. Leave --classes out")
     labels: list[Any] = []
     numbered = {int(name): label for label, name in enumerate(names) if name.isdecimal()}  # as folders may be called
-    for part in text.split(","):
+    for given in text.split(","):
+        part = given if given in names else given.strip()
         first, dash, last = part.partition("-")
         if part in names:
             labels.append(names.index(part))

@@ -15,6 +15,7 @@ from fpdm.fixedpoint.solve import Solution, solve
 from fpdm.fixedpoint.solvers import Anderson, Broyden, Picard, Solver
 from fpdm.fixedpoint.spec import Solve
 from fpdm.fixedpoint.stopping import FixedIterations, Stopping, Tolerance, check_tolerance
+from fpdm.fixedpoint.tracing import is_transformed
 from fpdm.fixedpoint.trees import detach, joined, mapped, overwrite, put, select
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Unroll",
     "check_tolerance",
     "detach",
+    "is_transformed",
     "joined",
     "mapped",
     "only_of_inputs",

@@ -29,8 +29,9 @@ class Implicit:
     max_iterations  its limit, each a product with J^T; one that does not get there goes on with its last g,
                     one that diverges with its best
 
-    It is exact as far as z* is a fixed point and g is solved for. While its backward pass runs, other threads of the
-    process must not run theirs (see `products`). Raises ValueError for values out of range.
+    It is exact as far as z* is a fixed point and g is solved for, and has no derivative of its own: with
+    `create_graph=True` the backward pass raises RuntimeError. While it runs, other threads of the process must not run
+    theirs (see `products`). Raises ValueError for values out of range.
     """
 
     solver: Solver = Anderson()
@@ -63,6 +64,9 @@ class Implicit:
         return value
 
     def _backward(self, fz: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the implicit gradient has no derivative (create_graph=True): take another, as Unroll()")
+
         def moved(g: Tensor, places: Tensor) -> Tensor:
             """v + J^T g of the samples at `places`: the graph is of the whole batch, so the others go along as 0."""
             whole = torch.zeros_like(fz).index_copy(0, places, g.to(fz.dtype))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fpdm.fixedpoint.solvers import Solver
 from fpdm.fixedpoint.stopping import Stopping
+from fpdm.fixedpoint.tracing import can_ask
 from fpdm.fixedpoint.trees import select
 
 # A solve has diverged whose |f(z) - z| ends at so many times its smallest, unless that is so small a part of |f(z)|.
@@ -54,8 +55,9 @@ def residuals(z: Tensor, fz: Tensor) -> tuple[Tensor, Tensor]:
 
 def _norm(v: Tensor) -> Tensor:
     """|v| per sample, (batch,): in float64, as squares of values above 1e19 overflow float32, and those below 1e-19
-    vanish. That takes a CPU twice the time, so it is done there only if a faster norm comes near to these."""
-    if v.device.type == "cpu" and v.dim() > 2:
+    vanish. That takes a CPU twice the time, so where it can be told, it is done there only if a faster norm comes near
+    to these."""
+    if v.device.type == "cpu" and v.dim() > 2 and can_ask():
         of_tokens = torch.linalg.vector_norm(v, dim=-1, dtype=torch.promote_types(v.dtype, torch.float32))
         norm = torch.linalg.vector_norm(of_tokens.flatten(1), dim=1, dtype=torch.float64)
         if bool(((norm > 1e-12) & (norm < 1e18)).all()):
@@ -162,7 +164,7 @@ class Running:
 def known(mask: Tensor) -> bool:
     """Whether `mask` is true for all samples and that can be known at once: not of another device, which would have to
     be waited for."""
-    return mask.device.type == "cpu" and bool(mask.all())
+    return mask.device.type == "cpu" and can_ask() and bool(mask.all())
 
 
 def column(mask: Tensor, like: Tensor) -> Tensor:

@@ -77,15 +77,19 @@ class Denoiser(ModelMixin, ConfigMixin):
         """diffusers' `from_pretrained`, but missing, extra or misshaped weights raise ValueError: they only warn there,
         and the images are then noise. Knows the models inside the package, with `subfolder="transformer"`."""
         wants_info = kwargs.pop("output_loading_info", False)
-        place = pretrained_model_name_or_path
-        if not os.path.exists(os.path.join(place, kwargs.get("subfolder") or "")):
-            place = shipped().get(str(place), place)
+        place = place_of(pretrained_model_name_or_path, kwargs.get("subfolder"))
         model, info = super().from_pretrained(place, output_loading_info=True, **kwargs)
         wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(kind)}
         if wrong:
             listed = "; ".join(f"{kind.replace('_', ' ')}: {sorted(map(str, keys))}" for kind, keys in wrong.items())
             raise ValueError(f"the weights in {pretrained_model_name_or_path} do not fit its configuration: {listed}")
         return (model, info) if wants_info else model
+
+    @classmethod
+    def load_config(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """diffusers' `load_config`, which knows the models inside the package, too."""
+        place = place_of(pretrained_model_name_or_path, kwargs.get("subfolder"))
+        return super().load_config(place, *args, **kwargs)
 
     @wraps(ModelMixin.save_pretrained, assigned=())  # a pipeline hands on what is in the signature
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -226,6 +230,12 @@ class Denoiser(ModelMixin, ConfigMixin):
             if isinstance(module, Block | FinalLayer):
                 nn.init.zeros_(module.adaln.weight)
         nn.init.zeros_(self.final.linear.weight)
+
+
+def place_of(name: str | os.PathLike, subfolder: str | None) -> str | os.PathLike:
+    """What diffusers is to open: a model's folder inside the package, where none of the name is there."""
+    there = os.path.exists(os.path.join(name, subfolder or ""))
+    return name if there else shipped().get(str(name), name)
 
 
 def run_block(block: Block, x: Tensor, c: Tensor) -> Tensor:

@@ -11,14 +11,15 @@ them, where there are gradients, while torch.compile traces, which fuses in its 
 """
 
 import math
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from fpdm.fixedpoint import only_of_inputs
+from fpdm.fixedpoint import is_transformed, only_of_inputs
 from fpdm.models.products import is_for_onednn, product
 
 EPS = 1e-6
@@ -88,7 +89,7 @@ def gelu(x: Tensor) -> Tensor:
 
 def has_own_backward(layer: nn.Module) -> bool:
     """Whether a gradient is wanted that the functions below may compute."""
-    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and is_plain(layer)
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling() and not is_transformed() and is_plain(layer)
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -105,6 +106,31 @@ def tanh_is_slow(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
 
 
+Backward = Callable[[Any, Tensor], tuple[Tensor | None, ...]]
+
+
+def once(inputs: int, plain: Callable[..., Tensor]) -> Callable[[Backward], Backward]:
+    """For a backward pass that records nothing. Where its own derivative is wanted (`create_graph=True`), torch's own
+    of `plain` takes its place, a function of the arguments, which are the first tensors saved."""
+
+    def of(backward: Backward) -> Backward:
+        @wraps(backward)
+        def call(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            if not torch.is_grad_enabled():
+                return backward(ctx, grad)
+            needed = wanted(ctx, inputs)
+            # Tensors apart: one argument may come from another, as tokens do from earlier iterations' modulation.
+            arguments = [None if saved is None else saved.view_as(saved) for saved in ctx.saved_tensors[: len(needed)]]
+            chosen = [argument for argument, need in zip(arguments, needed, strict=True) if need]
+            result = plain(*arguments)
+            found = iter(torch.autograd.grad(result, chosen, grad.to(result.dtype), create_graph=True))  # type: ignore[arg-type]
+            return tuple(next(found) if need else None for need in needed)
+
+        return call
+
+    return of
+
+
 class _Linear(torch.autograd.Function):
     """torch's own, but for `product`."""
 
@@ -114,7 +140,7 @@ class _Linear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once(1, F.linear)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         for_x, for_weight, for_bias = wanted(ctx, inputs=1)
@@ -128,13 +154,13 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         normalised, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, EPS)
-        ctx.save_for_backward(x, mean, rstd, shift, scale, weight, bias)
+        ctx.save_for_backward(x, shift, scale, weight, bias, mean, rstd)
         return product(modulated(normalised, shift, scale), weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once(3, lambda x, shift, scale, weight, bias: F.linear(normalised(x, shift, scale), weight, bias))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, rstd, shift, scale, weight, bias = ctx.saved_tensors
+        x, shift, scale, weight, bias, mean, rstd = ctx.saved_tensors
         for_x, for_shift, for_scale, for_weight, for_bias = wanted(ctx, inputs=3)
         normalised = (x - mean).mul_(rstd).to(x.dtype)
         of_weight = _of_weight(grad, modulated(normalised, shift, scale), weight) if for_weight else None
@@ -153,7 +179,7 @@ class _GeluLinear(torch.autograd.Function):
         return product(gelu(x), weight, bias)
 
     @staticmethod
-    @once_differentiable
+    @once(1, lambda x, weight, bias: F.linear(gelu(x), weight, bias))
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
         for_x, for_weight, for_bias = wanted(ctx, inputs=1)

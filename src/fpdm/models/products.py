@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from fpdm.fixedpoint import is_transformed
+
 is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
 
 
@@ -37,6 +39,7 @@ def is_for_onednn(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and bool(torch.backends.mkldnn.enabled)  # type: ignore[attr-defined]
         and x.numel() > 0
+        and not is_transformed()  # which drops tangents there, and knows no batches
     )
 
 

@@ -67,7 +67,8 @@ class RunDir:
             self._clear()
         for folder in (self.checkpoints, self.samples):
             folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "config.json", self._new)
+        if self.step <= self._new["optimizer"]["steps"]:  # else more are done already, and nothing will be
+            write_json(self.path / "config.json", self._new)
 
     def _compare(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         changed = [f"{name} was {was!r}, is {now!r}" for name, (was, now) in differences(old, new).items()]
