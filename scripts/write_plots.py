@@ -36,6 +36,12 @@ def distances(folder: str) -> dict[tuple[int, str, int], list[float]]:
     return found
 
 
+def spread(means: list[float], values: list[list[float]]) -> list[list[float]]:
+    """How far the lowest and the highest of some values are from their mean, as matplotlib takes it."""
+    return [[m - min(some) for m, some in zip(means, values, strict=True)],
+            [max(some) - m for m, some in zip(means, values, strict=True)]]  # fmt: skip
+
+
 def solver_images(path: Path) -> None:
     """Image quality by iterations per timestep, a line per solver and budget, a panel per model."""
     figure, axes = plt.subplots(1, len(LADDERS), figsize=(11, 4.2), layout="constrained")
@@ -45,11 +51,9 @@ def solver_images(path: Path) -> None:
             for place, (solver, marker) in enumerate(SOLVERS.items()):
                 values = [found[budget, solver, n] for n in COUNTS]
                 means = [mean(some) for some in values]
-                spread = [[m - min(some) for m, some in zip(means, values, strict=True)],
-                          [max(some) - m for m, some in zip(means, values, strict=True)]]  # fmt: skip
                 places = [n * (1 + 0.03 * (place - 1)) for n in COUNTS]
                 look = {"marker": marker, "color": colour, "alpha": 1 - 0.25 * place, "linewidth": 1, "capsize": 2}
-                axis.errorbar(places, means, spread, label=f"{solver}, {budget} passes", **look)
+                axis.errorbar(places, means, spread(means, values), label=f"{solver}, {budget} passes", **look)
         axis.set(title=name, xlabel="iterations per timestep", ylabel="FD-classifier, lower is better", xscale="log")
         axis.set_xticks(COUNTS, [str(n) for n in COUNTS])
         axis.minorticks_off()
@@ -83,11 +87,9 @@ def ahead(path: Path) -> None:
             table = Distances(result, way)
             values = [ratios_at(table, budget) for budget in table.budgets]
             means = [geometric_mean(some) for some in values]
-            spread = [[m - min(some) for m, some in zip(means, values, strict=True)],
-                      [max(some) - m for m, some in zip(means, values, strict=True)]]  # fmt: skip
             places = [budget * (1 + 0.03 * (place - 1.5)) for budget in table.budgets]
             look = {"marker": "o^sD"[place], "markersize": 5, "linewidth": 1.2, "capsize": 2}
-            axis.errorbar(places, means, spread, label=way, **look)
+            axis.errorbar(places, means, spread(means, values), label=way, **look)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=data, xlabel="block passes per image", xscale="log")
         axis.set_xticks(result["budgets"], list(map(str, result["budgets"])))

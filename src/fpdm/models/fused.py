@@ -4,10 +4,11 @@
     shift, scale, gate   (B, 1, D)
 
 Each function equals a few plain ones of `torch.nn.functional`. Their backward passes compute again, element by element,
-what those would have stored: normalised and modulated tokens, and the activations of an MLP.
+what those would have stored: normalised and modulated tokens, and the activations of an MLP. Second derivatives are
+those of the plain ones.
 
 A layer that is more than a plain `nn.Linear` (quantised, adapted as by LoRA, hooked) is called as it is. So are all of
-them, where there are gradients, while torch.compile traces, which fuses in its own way.
+them, where there are gradients, while torch.compile traces, which fuses in its own way, and under torch.func.
 """
 
 import math
