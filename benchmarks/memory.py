@@ -183,8 +183,10 @@ def fill(path: Path, result: dict[str, Any], name: str, some: list[Case], device
 
 
 def label(found: dict[str, Any]) -> str:
+    """Another one for each case."""
     names = ("network", "model", "num_core", "gradient", "exit_loss", "mixed_precision", "accumulation", "draw")
-    words = [str(found[name]) for name in names if found.get(name) not in (None, "no", "every")]
+    numbers = {"num_core": "K = ", "accumulation": "accumulation "}
+    words = [f"{numbers.get(name, '')}{found[name]}" for name in names if found.get(name) not in (None, "no", "every")]
     return " ".join([*words, f"x {found['batch_size']}", *(["checkpointing"] if found.get("checkpointing") else [])])
 
 

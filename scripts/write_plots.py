@@ -19,7 +19,7 @@ from fpdm.experiments.plots import plot
 
 ROOT = Path(__file__).parents[1]
 REPRODUCTION = "benchmarks/results/2026-11-23-reproduction"
-PERFORMANCE = "benchmarks/results/2026-11-23-performance/performance.json"
+PERFORMANCE = "benchmarks/results/2026-11-29-performance/performance.json"
 LADDERS = {"digits": "2026-11-23-ladder-digits", "Fashion-MNIST": "2026-11-23-ladder-fashion"}
 MAIN = {"digits": "digits", "fashion-mnist": "Fashion-MNIST"}
 SOLVERS, COUNTS, BUDGETS = {"picard": "o", "anderson:2": "s", "broyden": "^"}, (2, 4, 8), {40: "C0", 80: "C1"}

@@ -155,10 +155,10 @@ def stopping(path: str) -> str:
 def gradients(path: str) -> str:
     """What methods of differentiation store and take, relative to the first, and how near they are to the truth."""
     rows = json.loads((ROOT / path).read_text())["rows"]
-    lines = [row(["method", "stored", "seconds", "cosine"]), row(["---"] * 4)]
+    lines = [row(["method", "stored", "seconds", "1 - cosine"]), row(["---"] * 4)]
     for r in rows:
         stored, seconds = (f"{r[key] / rows[0][key]:.2f}" for key in ("bytes", "seconds"))
-        lines.append(row([r["method"], stored, seconds, f"{r['cosine']:.3f}"]))
+        lines.append(row([r["method"], stored, seconds, f"{1 - r['cosine']:.2g}"]))
     return "\n".join(lines)
 
 

@@ -196,3 +196,9 @@ def test_it_is_what_torchs_own_tracker_finds():
         model(x).square().sum().backward()
     (theirs,) = tracker.get_tracker_snapshot("peak").values()
     assert held < live.peak == theirs["Total"]
+
+
+def test_the_benchmark_goes_on_where_it_stopped_without_taking_one_case_for_another(benchmark):
+    cases = [*benchmark.compared(), *benchmark.counted()]
+    labels = {benchmark.label({**case.fields, "draw": case.draw}) for case in cases}
+    assert len(labels) == len(cases)

@@ -228,7 +228,7 @@ def _of_normalised(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tenso
 
 
 def _of_weight(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return (grad.flatten(0, -2).t() @ x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+    return product(grad.flatten(0, -2).t(), x.flatten(0, -2).to(grad.dtype).t()).to(weight.dtype)
 
 
 def _of_bias(grad: Tensor, bias: Tensor) -> Tensor:
