@@ -19,9 +19,7 @@ from fpdm.experiments.experiment import REPORTING
 from fpdm.experiments.points import Axes, Settings
 from fpdm.experiments.sweep import all_points, run_sweep
 from fpdm.experiments.table import Training
-from fpdm.experiments.trainings import seconds_of
 from fpdm.files import SHIPPED, model_folder, read_json
-from fpdm.machine import processor
 from fpdm.pipeline import FixedPointDiTPipeline
 from fpdm.recipes import recipe
 from fpdm.training.config import Config, differences
@@ -46,7 +44,7 @@ iteration, so that every sample may cost as much or as little as is asked.
 - **Licence** of the weights: Apache-2.0.
 - **Network**: {blocks}, {width} wide, patches of {patch} pixels, {parameters:,} parameters, stored in float16
   ({size:.1f} MB).
-- **Training**: `{command}`, {steps:,} steps of {batch} images, {hours:.1f} hours on {hardware}.
+- **Training**: `{command}`, {steps:,} steps of {batch} images.
 - **Use**: `fpdm sample {name} --budget 80 --out samples`, or
   `FixedPointDiTPipeline.from_pretrained("{name}")(class_labels=0, budget=80).images`. Classes: {classes}.
 
@@ -106,7 +104,7 @@ def measure(folder: Path, data: str, out: Path, processes: int) -> None:
 
 
 def card(name: str, folder: Path, run: Path, sweep: Path) -> str:
-    """The model card, from what is stored, the run's config and log, and the sweep."""
+    """The model card, from what is stored, the run's config, and the sweep."""
     pipe = FixedPointDiTPipeline.from_pretrained(folder)
     sizes, config = pipe.transformer.config, Config.from_dict(read_json(run / "config.json"))
     changed = differences(recipe(RECIPE[name]).to_dict(), config.to_dict())
@@ -126,8 +124,6 @@ def card(name: str, folder: Path, run: Path, sweep: Path) -> str:
         command=f"fpdm train {' '.join(training.words)} --data DIR",
         steps=config.optimizer.steps,
         batch=config.optimizer.batch_size,
-        hours=seconds_of(run, config) / 3600,
-        hardware=processor(),
         classes=", ".join(pipe.class_names) or str(sizes.num_classes),
         distance=first.measures[0].name,
         samples=first.samples,
